@@ -1,0 +1,99 @@
+//! What a backend can do with a model: the data that requests are checked against before they are submitted.
+
+use std::{collections::BTreeSet, fmt};
+
+use serde::Serialize;
+
+use crate::engine::Job;
+
+/// The form in which an engine takes a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PromptForm {
+    /// Token ids; whoever submits has the tokenizer.
+    Tokens,
+    /// Rendered text; the engine has the tokenizer.
+    Text,
+}
+
+/// The form in which an engine answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputForm {
+    /// Token ids, one event each.
+    Tokens,
+    /// Text, already detokenized.
+    Text,
+}
+
+/// A request parameter that an engine may or may not honour. The names are those of the OpenAI API and its common
+/// extensions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Knob {
+    Temperature,
+    TopP,
+    TopK,
+    MinP,
+    Seed,
+    RepetitionPenalty,
+    PresencePenalty,
+    FrequencyPenalty,
+    LogitBias,
+    IgnoreEos,
+    Logprobs,
+}
+
+impl Knob {
+    /// The request field's name.
+    pub const fn field(self) -> &'static str {
+        match self {
+            Self::Temperature => "temperature",
+            Self::TopP => "top_p",
+            Self::TopK => "top_k",
+            Self::MinP => "min_p",
+            Self::Seed => "seed",
+            Self::RepetitionPenalty => "repetition_penalty",
+            Self::PresencePenalty => "presence_penalty",
+            Self::FrequencyPenalty => "frequency_penalty",
+            Self::LogitBias => "logit_bias",
+            Self::IgnoreEos => "ignore_eos",
+            Self::Logprobs => "logprobs",
+        }
+    }
+}
+
+impl fmt::Display for Knob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.field())
+    }
+}
+
+/// What an engine accepts and promises.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// How prompts are handed over.
+    pub prompt: PromptForm,
+    /// How answers come back.
+    pub output: OutputForm,
+    /// The request parameters that change what it does.
+    pub knobs: BTreeSet<Knob>,
+    /// Longest prompt and answer together, in tokens.
+    pub context_tokens_max: u32,
+    /// Requests computed at the same time.
+    pub requests_parallel_max: u32,
+    /// Requests that may wait beyond those.
+    pub requests_queued_max: u32,
+    /// True if a prompt's known prefix is not computed again.
+    pub prefix_reuse: bool,
+    /// True if images are understood.
+    pub vision: bool,
+}
+
+impl Capabilities {
+    /// The parameters that `job` sets and this engine would not honour, in order.
+    pub fn lacking(&self, job: &Job) -> Vec<Knob> {
+        job.knobs().into_iter().filter(|knob| !self.knobs.contains(knob)).collect()
+    }
+}

@@ -1,0 +1,36 @@
+//! The words and contracts every other room of mesh-llm speaks: no HTTP, no device, no process, no file access.
+//!
+//! - [`profile`]: what is known about a model, each fact with its source.
+//! - [`family`]: who a model is and how it talks; its graph lives in `mesh-graph`.
+//! - [`backend`], [`capability`], [`election`]: who can serve it, how well, and who is chosen.
+//! - [`engine`]: a loaded model: jobs in, events out.
+//! - [`sampling`], [`chat`]: what a request says.
+//! - [`registry`]: discovery of what the binary links.
+//! - [`error`]: one small enum for each moment that can fail.
+
+pub mod backend;
+pub mod capability;
+pub mod chat;
+pub mod election;
+pub mod engine;
+pub mod error;
+pub mod family;
+pub mod profile;
+pub mod progress;
+pub mod registry;
+pub mod sampling;
+
+/// Used by the registration macros; not part of the API.
+#[doc(hidden)]
+pub use inventory as __inventory;
+
+pub use backend::{BackendInfo, Device, DeviceKind, Host, InferenceBackend, LoadPlan, OptIn};
+pub use capability::{Capabilities, Knob, OutputForm, PromptForm};
+pub use election::{Ballot, Elected, ElectionRequest, Offer, Reason, Refusal, Verdict, elect};
+pub use engine::{Engine, EngineHandle, EngineState, Event, EventStream, FinishReason, Job, Prompt, Timings, Usage};
+pub use error::{ElectionError, EngineError, Hint, LoadError, ProbeError, SubmitError, TemplateError};
+pub use family::{Claims, Conventions, Fingerprint, ModelFamily, Thinking};
+pub use profile::{ChatTemplate, Fact, ModelProfile, Quantization, Source, WeightFormat};
+pub use progress::{Progress, ProgressSink, Stage};
+pub use registry::{Registry, RegistryError, UnknownName};
+pub use sampling::Sampling;
