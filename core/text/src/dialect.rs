@@ -1,0 +1,138 @@
+//! The contract of a dialect: the wire format in which a family of models writes reasoning, content and tool calls.
+//! Adding one is one file that implements [`Dialect`] and calls [`register_dialect!`](crate::register_dialect).
+//!
+//! Two invariants hold for every dialect, and the tests of each check them: the text of the deltas does not depend on
+//! how the input was cut, and no text is lost: what does not parse comes back as [`Delta::Malformed`].
+
+use std::sync::OnceLock;
+
+use mesh_core::registry::{Registry, RegistryError};
+use serde::Serialize;
+
+/// What a parser has to know about the request it reads the answer of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ParserContext {
+    /// The prompt ends inside a reasoning block, so that the answer begins there. [`Dialect::opens_reasoning`] tells.
+    pub prompt_opens_reasoning: bool,
+    /// The request offers tools. Without them, text that looks like a call is content.
+    pub tools: bool,
+}
+
+/// A piece of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Delta {
+    /// Text for the user.
+    Content(String),
+    /// Text of the reasoning.
+    Reasoning(String),
+    /// A whole tool call.
+    ToolCall {
+        /// Counts the calls of one answer from 0.
+        index: u32,
+        /// The function's name.
+        name: String,
+        /// The arguments: the text of a JSON object.
+        arguments: String,
+    },
+    /// A tool call that does not parse, as the model wrote it with its markers. Belongs to the content.
+    Malformed {
+        /// The text.
+        text: String,
+    },
+}
+
+/// Reads one answer. Fed with text in any pieces.
+pub trait DialectParser: Send {
+    /// Takes the next piece of text and returns what it settles. Text that may turn out to be a marker is held back.
+    fn push(&mut self, text: &str) -> Vec<Delta>;
+
+    /// Ends the answer and returns what was held back.
+    fn finish(&mut self) -> Vec<Delta>;
+}
+
+/// A wire format. Stateless; registered with [`register_dialect!`](crate::register_dialect).
+pub trait Dialect: Send + Sync {
+    /// Unique id, such as `hermes`; what [`Conventions::dialect`](mesh_core::Conventions) names.
+    fn id(&self) -> &'static str;
+
+    /// Whether it has a form for tool calls.
+    fn tools(&self) -> bool;
+
+    /// A parser for one answer.
+    fn parser(&self, context: &ParserContext) -> Box<dyn DialectParser>;
+
+    /// Whether a rendered prompt ends inside a reasoning block.
+    fn opens_reasoning(&self, prompt: &str) -> bool {
+        let _ = prompt;
+        false
+    }
+
+    /// Tokens that the parser has to see in the text even where the tokenizer calls them special:
+    /// [`DecoderOptions::keep`](crate::DecoderOptions::keep).
+    fn markers(&self) -> &'static [&'static str] {
+        &[]
+    }
+}
+
+/// A dialect's registration; made by [`register_dialect!`](crate::register_dialect).
+pub struct DialectEntry {
+    /// The dialect.
+    pub dialect: &'static dyn Dialect,
+    /// Module path of the registration.
+    pub origin: &'static str,
+}
+inventory::collect!(DialectEntry);
+
+/// Registers a `static` dialect.
+#[macro_export]
+macro_rules! register_dialect {
+    ($dialect:expr) => {
+        $crate::__inventory::submit! {
+            $crate::dialect::DialectEntry { dialect: $dialect, origin: ::core::module_path!() }
+        }
+    };
+}
+
+/// Every linked dialect.
+pub fn dialects() -> Result<&'static Registry<dyn Dialect>, RegistryError> {
+    static ALL: OnceLock<Result<Registry<dyn Dialect>, RegistryError>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let found = inventory::iter::<DialectEntry>.into_iter();
+        Registry::collect("dialect", found.map(|entry| (entry.dialect.id(), entry.origin, entry.dialect)))
+    })
+    .as_ref()
+    .map_err(Clone::clone)
+}
+
+/// A tool call of a whole answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AnsweredCall {
+    /// The function's name.
+    pub name: String,
+    /// The arguments: the text of a JSON object.
+    pub arguments: String,
+}
+
+/// A whole answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Answer {
+    /// Text for the user, calls that do not parse included.
+    pub content: String,
+    /// Text of the reasoning; empty if there is none.
+    pub reasoning: String,
+    /// The tool calls, in order.
+    pub tool_calls: Vec<AnsweredCall>,
+}
+
+/// Puts an answer together from its deltas.
+pub fn assemble(deltas: impl IntoIterator<Item = Delta>) -> Answer {
+    let mut answer = Answer::default();
+    for delta in deltas {
+        match delta {
+            Delta::Content(text) | Delta::Malformed { text } => answer.content.push_str(&text),
+            Delta::Reasoning(text) => answer.reasoning.push_str(&text),
+            Delta::ToolCall { name, arguments, .. } => answer.tool_calls.push(AnsweredCall { name, arguments }),
+        }
+    }
+    answer
+}

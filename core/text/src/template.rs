@@ -1,0 +1,207 @@
+//! Chat templates: Jinja as transformers renders it, in bounded time and space.
+//!
+//! The template text is a stranger's program. Whatever it does, rendering ends in text or in a [`TemplateError`].
+
+mod json;
+mod methods;
+mod number;
+mod python;
+
+use std::{error::Error as _, fmt, io};
+
+use chrono::NaiveDateTime;
+use mesh_core::error::TemplateError;
+use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig};
+use serde_json::Map;
+
+/// Work one rendering may do, in minijinja's fuel: an instruction costs 1, data 1 for 64 bytes, JSON 1 for 4 bytes.
+/// A few seconds at worst, and far above what a full context of a million tokens takes.
+pub const FUEL_MAX: u64 = 16_000_000;
+/// Longest rendered prompt, in bytes.
+pub const OUTPUT_BYTES_MAX: usize = 64 << 20;
+/// Longest template, in bytes. Published ones stay below 100 KB.
+pub const SOURCE_BYTES_MAX: usize = 4 << 20;
+
+const NAME: &str = "chat_template";
+
+/// A compiled chat template.
+pub struct Template {
+    environment: Environment<'static>,
+}
+
+impl fmt::Debug for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Template")
+    }
+}
+
+/// What a template sees.
+#[derive(Clone, Copy, Debug)]
+pub struct TemplateInput<'a> {
+    /// The conversation: an array of objects with `role`, `content`, `tool_calls` …
+    pub messages: &'a serde_json::Value,
+    /// The tools offered: an array of `{"type": "function", "function": {…}}`. Absent is `none` to the template.
+    pub tools: Option<&'a serde_json::Value>,
+    /// Whether the prompt ends where the assistant begins to speak.
+    pub add_generation_prompt: bool,
+    /// Text of the begin-of-text token; undefined to the template where absent.
+    pub bos_token: Option<&'a str>,
+    /// Text of the end-of-text token; undefined to the template where absent.
+    pub eos_token: Option<&'a str>,
+    /// Further variables, such as `enable_thinking`. They take precedence over the ones above.
+    pub kwargs: &'a Map<String, serde_json::Value>,
+    /// What `strftime_now` sees.
+    pub now: NaiveDateTime,
+}
+
+impl Template {
+    /// Compiles a template. [`TemplateError::Syntax`] says where it is broken.
+    pub fn compile(source: &str) -> Result<Self, TemplateError> {
+        if source.len() > SOURCE_BYTES_MAX {
+            let what = format!("it has {} bytes, {SOURCE_BYTES_MAX} are the most", source.len());
+            return Err(TemplateError::Syntax { what });
+        }
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|error| TemplateError::Syntax { what: error.to_string() })?);
+        // Errors then name the expression that is undefined.
+        environment.set_debug(true);
+        environment.set_fuel(Some(FUEL_MAX));
+        environment.set_unknown_method_callback(methods::call);
+        python::install(&mut environment);
+        environment.add_filter("tojson", json::tojson);
+        environment.add_function("raise_exception", raise_exception);
+        environment
+            .add_template_owned(NAME, generation_blocks(source))
+            .map_err(|error| TemplateError::Syntax { what: describe(&error) })?;
+        Ok(Self { environment })
+    }
+
+    /// Renders a conversation.
+    ///
+    /// # Errors
+    /// [`TemplateError::Refused`] with the template's own words where it calls `raise_exception`, and
+    /// [`TemplateError::Failed`] where it fails or exceeds [`FUEL_MAX`] or [`OUTPUT_BYTES_MAX`].
+    pub fn render(&self, input: &TemplateInput<'_>) -> Result<String, TemplateError> {
+        let template = self.environment.get_template(NAME).map_err(|error| failure(&error))?;
+        let mut output = Capped(Vec::new());
+        template.render_captured_to(context(input), &mut output).map_err(|error| failure(&error))?;
+        String::from_utf8(output.0).map_err(|error| TemplateError::Failed { what: error.to_string() })
+    }
+}
+
+fn context(input: &TemplateInput<'_>) -> Value {
+    let now = input.now;
+    let tokens = [("bos_token", input.bos_token), ("eos_token", input.eos_token)];
+    let variables = [
+        ("messages", json::from_json(input.messages)),
+        ("tools", input.tools.map_or(Value::from(()), json::from_json)),
+        ("documents", Value::from(())),
+        ("add_generation_prompt", Value::from(input.add_generation_prompt)),
+        ("strftime_now", Value::from_function(move |format: &str| strftime(now, format))),
+    ];
+    let tokens = tokens.into_iter().filter_map(|(name, token)| Some((name, Value::from(token?))));
+    let kwargs = input.kwargs.iter().map(|(name, value)| (name.as_str(), json::from_json(value)));
+    Value::from_pairs(variables.into_iter().chain(tokens).chain(kwargs))
+}
+
+fn strftime(now: NaiveDateTime, format: &str) -> Result<String, Error> {
+    use fmt::Write;
+    let mut text = String::new();
+    // chrono reports a directive it does not know as a formatting error.
+    write!(text, "{}", now.format(format)).map_err(|_| {
+        Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know the format {format:?}"))
+    })?;
+    Ok(text)
+}
+
+/// What a template said when it refused, carried through minijinja's errors.
+#[derive(Debug)]
+struct Refusal(String);
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+fn raise_exception(message: Value) -> Result<Value, Error> {
+    let message = python::to_str(&message);
+    Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Refusal(message)))
+}
+
+fn failure(error: &Error) -> TemplateError {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(this) = cause {
+        if let Some(Refusal(what)) = this.downcast_ref() {
+            return TemplateError::Refused { what: what.clone() };
+        }
+        cause = this.source();
+    }
+    let what = match error.kind() {
+        ErrorKind::OutOfFuel => "it does more work than a prompt can need, and was stopped".to_owned(),
+        _ => describe(error),
+    };
+    TemplateError::Failed { what }
+}
+
+fn describe(error: &Error) -> String {
+    let mut what = error.to_string();
+    let mut cause = error.source();
+    while let Some(this) = cause {
+        what = format!("{what}: {this}");
+        cause = this.source();
+    }
+    what
+}
+
+/// `{% generation %}` marks the assistant's words for training. transformers has an extension for it; minijinja takes
+/// no new tags, so the tag alone is replaced by one that renders and scopes the same: `{% with %}`.
+fn generation_blocks(source: &str) -> String {
+    let mut output = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        // A comment may mention tags.
+        if let Some(comment) = rest[..at].find("{#")
+            && let Some(end) = rest[comment..].find("#}")
+        {
+            let (skipped, after) = rest.split_at(comment + end + 2);
+            output.push_str(skipped);
+            rest = after;
+            continue;
+        }
+        let (before, tag) = rest.split_at(at + 2);
+        output.push_str(before);
+        let name = tag.trim_start_matches(['-', '+']).trim_start();
+        let word = name.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("");
+        let replacement = match word {
+            "generation" => "with",
+            "endgeneration" => "endwith",
+            _ => word,
+        };
+        output.push_str(&tag[..tag.len() - name.len()]);
+        output.push_str(replacement);
+        rest = &name[word.len()..];
+    }
+    output.push_str(rest);
+    output
+}
+
+/// Refuses to grow past [`OUTPUT_BYTES_MAX`].
+struct Capped(Vec<u8>);
+
+impl io::Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > OUTPUT_BYTES_MAX {
+            return Err(io::Error::other(format!("the prompt would exceed {OUTPUT_BYTES_MAX} bytes")));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
