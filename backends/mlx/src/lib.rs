@@ -1,1 +1,18 @@
-//! mesh-backend-mlx
+//! The native backend: model families computed in this process by MLX, on Metal, CUDA or the CPU.
+//!
+//! One named thread owns each model: it builds, runs and drops every array ([`device`]). [`judge`] and [`sampler`]'s
+//! settings are pure; [`verify`] and [`bench`] are what the commands of those names run.
+
+mod backend;
+pub mod bench;
+mod device;
+mod engine;
+mod generate;
+mod host;
+mod judge;
+mod sampler;
+mod settings;
+pub mod verify;
+
+pub use backend::INFO;
+pub use settings::Settings;

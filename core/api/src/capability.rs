@@ -16,6 +16,15 @@ pub enum PromptForm {
     Text,
 }
 
+impl fmt::Display for PromptForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tokens => "tokens",
+            Self::Text => "text",
+        })
+    }
+}
+
 /// The form in which an engine answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]

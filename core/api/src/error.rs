@@ -3,7 +3,10 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use crate::{capability::Knob, election::Refusal};
+use crate::{
+    capability::{Knob, PromptForm},
+    election::Refusal,
+};
 
 /// What to do next, for people.
 pub trait Hint {
@@ -224,6 +227,12 @@ pub enum SubmitError {
     /// The prompt is empty.
     #[error("the prompt has no tokens")]
     Empty,
+    /// The prompt is not in the form that the engine's capabilities name.
+    #[error("the engine takes prompts as {wanted}")]
+    WrongForm {
+        /// The form it takes.
+        wanted: PromptForm,
+    },
     /// A token id that the model does not have.
     #[error("token {id} is not in the vocabulary of {vocab_size} entries")]
     UnknownToken {

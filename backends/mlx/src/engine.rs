@@ -1,0 +1,171 @@
+//! The engine's front: admission, streams and draining. Everything that touches MLX is behind the channel, on the
+//! device thread.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures::Stream;
+use mesh_core::{
+    Capabilities, Engine, EngineError, EngineState, Event, EventStream, Job, Prompt, PromptForm, SubmitError,
+};
+use tokio::sync::{mpsc, watch};
+
+/// Events of one job that may wait for its reader.
+pub const EVENTS_MAX: usize = 256;
+
+/// How long a cancelled generation may take to notice.
+const CANCEL_GRACE: Duration = Duration::from_secs(30);
+
+/// What both sides of the channel see.
+pub struct Shared {
+    pub state: watch::Sender<EngineState>,
+    /// Set when the grace of a drain is over.
+    pub cancelled: AtomicBool,
+    /// Jobs admitted and not yet over.
+    pub admitted: AtomicU32,
+}
+
+/// A job on its way to the device thread.
+pub struct Work {
+    pub job: Job,
+    pub prompt: Vec<u32>,
+    pub tokens_max: u32,
+    pub events: mpsc::Sender<Result<Event, EngineError>>,
+    pub place: Place,
+}
+
+/// A place among the admitted; given up when dropped.
+pub struct Place(Arc<Shared>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.admitted.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+pub struct MlxEngine {
+    pub capabilities: Capabilities,
+    pub vocab_size: u32,
+    pub shared: Arc<Shared>,
+    /// Taken away when draining starts.
+    pub jobs: Mutex<Option<mpsc::Sender<Work>>>,
+}
+
+impl MlxEngine {
+    fn place(&self) -> Result<Place, SubmitError> {
+        let max = self.capabilities.requests_parallel_max + self.capabilities.requests_queued_max;
+        let admitted = self.shared.admitted.fetch_add(1, Ordering::Relaxed);
+        let place = Place(self.shared.clone());
+        if admitted >= max {
+            return Err(SubmitError::Busy { running: admitted, retry_after: Duration::from_secs(1) });
+        }
+        Ok(place)
+    }
+
+    fn gone(&self) -> SubmitError {
+        let why = match &*self.shared.state.borrow() {
+            EngineState::Failed(why) => why.clone(),
+            EngineState::Stopped => "it is stopped".into(),
+            _ => "it is draining".into(),
+        };
+        SubmitError::Gone { why }
+    }
+}
+
+#[async_trait]
+impl Engine for MlxEngine {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn state(&self) -> watch::Receiver<EngineState> {
+        self.shared.state.subscribe()
+    }
+
+    async fn submit(&self, mut job: Job) -> Result<EventStream, SubmitError> {
+        if let Some(knob) = self.capabilities.lacking(&job).into_iter().next() {
+            return Err(SubmitError::Unsupported { knob });
+        }
+        let Prompt::Tokens(prompt) = &mut job.prompt else {
+            return Err(SubmitError::WrongForm { wanted: PromptForm::Tokens });
+        };
+        let prompt = std::mem::take(prompt);
+        let max = self.capabilities.context_tokens_max;
+        let length = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        if length == 0 {
+            return Err(SubmitError::Empty);
+        }
+        if length >= max {
+            return Err(SubmitError::TooLong { prompt: length, max });
+        }
+        if let Some(id) = prompt.iter().copied().find(|id| *id >= self.vocab_size) {
+            return Err(SubmitError::UnknownToken { id, vocab_size: self.vocab_size });
+        }
+        let tokens_max = job.tokens_max.unwrap_or(u32::MAX).min(max - length);
+        let place = self.place()?;
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        if tokens_max == 0 {
+            return Err(SubmitError::Empty);
+        }
+        let work = Work { job, prompt, tokens_max, events, place };
+        let sent = {
+            let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            jobs.as_ref().is_some_and(|jobs| jobs.try_send(work).is_ok())
+        };
+        if !sent {
+            return Err(self.gone());
+        }
+        Ok(Box::pin(Events { receiver, state: self.shared.state.subscribe(), over: false }))
+    }
+
+    async fn drain(&self, grace: Duration) {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.shared.state.send_if_modified(|state| {
+            let serving = matches!(state, EngineState::Starting | EngineState::Ready);
+            if serving {
+                *state = EngineState::Draining;
+            }
+            serving
+        });
+        let mut state = self.shared.state.subscribe();
+        if tokio::time::timeout(grace, state.wait_for(EngineState::is_over)).await.is_err() {
+            self.shared.cancelled.store(true, Ordering::Relaxed);
+            let _ = tokio::time::timeout(CANCEL_GRACE, state.wait_for(EngineState::is_over)).await;
+        }
+    }
+}
+
+/// A job's events. A channel that closes without a last event means that the device thread is gone; the state says why.
+struct Events {
+    receiver: mpsc::Receiver<Result<Event, EngineError>>,
+    state: watch::Receiver<EngineState>,
+    over: bool,
+}
+
+impl Stream for Events {
+    type Item = Result<Event, EngineError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.over {
+            return Poll::Ready(None);
+        }
+        let event = match self.receiver.poll_recv(context) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Some(event)) => event,
+            Poll::Ready(None) => Err(match &*self.state.borrow() {
+                EngineState::Failed(what) => EngineError::Failed { what: what.clone() },
+                _ => EngineError::Stopped,
+            }),
+        };
+        self.over = matches!(event, Ok(Event::Finished { .. }) | Err(_));
+        Poll::Ready(Some(event))
+    }
+}

@@ -1,0 +1,146 @@
+//! Would MLX serve a model, and how? Pure.
+
+use std::collections::BTreeSet;
+
+use mesh_core::{
+    Capabilities, Device, DeviceKind, Host, Knob, ModelFamily, ModelProfile, Offer, OutputForm, PromptForm, Reason,
+    Refusal, Verdict, WeightFormat,
+};
+use mesh_graph::QuantizationTable;
+
+use crate::host::SLOW;
+
+/// Context where neither the model nor the user names one, in tokens.
+pub const CONTEXT_TOKENS_DEFAULT: u32 = 4096;
+
+/// Requests that wait, unless the settings say otherwise; what an offer promises.
+pub const QUEUE_REQUESTS_MAX: u32 = 32;
+
+/// Judges a model.
+pub fn judge(profile: &ModelProfile, family: Option<&dyn ModelFamily>, host: &Host) -> Verdict {
+    let device = match &host.device {
+        Ok(device) => device,
+        Err(why) => return refuse(Reason::new(why)),
+    };
+    if profile.format.value != WeightFormat::Safetensors {
+        let reason = Reason::from_fact("the weights are GGUF, and MLX reads safetensors", &profile.format.source);
+        return Verdict::Refuse(Refusal::because(reason).hint("leave out --mlx: llama-server reads GGUF"));
+    }
+    let Some(family) = family else { return Verdict::Refuse(nobody_claims(profile)) };
+    if profile.config.is_null() {
+        let reason = Reason::new(format!(
+            "the weights look like {}, but there is no config.json to say how many heads they have and how positions are encoded",
+            family.title()
+        ));
+        return Verdict::Refuse(Refusal::because(reason).hint("put the model's config.json beside its weights"));
+    }
+    if let Err(error) = QuantizationTable::read(&profile.config) {
+        return refuse(Reason::new(error.to_string()));
+    }
+    if let Err(what) = family.accept(profile) {
+        return refuse(Reason::new(what));
+    }
+    if profile.tokenizer.is_none() {
+        let reason = Reason::new("there is no tokenizer.json");
+        return Verdict::Refuse(Refusal::because(reason).hint("put the model's tokenizer.json beside its weights"));
+    }
+    let mut reasons = vec![match &profile.model_type {
+        Some(fact) => {
+            Reason::from_fact(format!("`model_type` is `{}`, of the family {}", fact.value, family.id()), &fact.source)
+        }
+        None => Reason::new(format!("the family is {}", family.id())),
+    }];
+    if device.kind == DeviceKind::Cpu {
+        reasons.push(Reason::new(SLOW));
+    }
+    if profile.vision.as_ref().is_some_and(|fact| fact.value) {
+        reasons.push(Reason::new("only the text part is served: vision is left out"));
+    }
+    let residency = residency(profile, device);
+    reasons.push(Reason::new(residency.reason));
+    let context = profile.context_tokens_max.as_ref().map_or(CONTEXT_TOKENS_DEFAULT, |fact| fact.value);
+    let kv_bytes = profile.kv_bytes_per_token().map(|bytes| bytes * u64::from(context));
+    Verdict::Serve(Offer {
+        capabilities: capabilities(context),
+        device: device.clone(),
+        memory_bytes: kv_bytes.map(|kv| residency.bytes + kv),
+        score: if device.kind == DeviceKind::Cpu { 10 } else { 100 },
+        reasons,
+    })
+}
+
+/// What the engine accepts, whatever the model.
+pub fn capabilities(context_tokens_max: u32) -> Capabilities {
+    Capabilities {
+        prompt: PromptForm::Tokens,
+        output: OutputForm::Tokens,
+        knobs: BTreeSet::from([Knob::Temperature, Knob::TopP, Knob::TopK, Knob::MinP, Knob::Seed, Knob::IgnoreEos]),
+        context_tokens_max,
+        requests_parallel_max: 1,
+        requests_queued_max: QUEUE_REQUESTS_MAX,
+        prefix_reuse: true,
+        vision: false,
+    }
+}
+
+/// How the weights will lie in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Residency {
+    /// Whether quantized matrices are unpacked at load.
+    pub dequantize: bool,
+    /// What they will take, in bytes.
+    pub bytes: u64,
+    /// Why, for people.
+    pub reason: String,
+}
+
+/// Decides how the weights will lie in memory. On a CPU, MLX's packed kernels are scalar, while plain f32 goes to BLAS:
+/// twice as fast in decode and ten times in prefill, at the cost of memory. So small models are unpacked there.
+pub fn residency(profile: &ModelProfile, device: &Device) -> Residency {
+    let stored = profile.weight_bytes.value;
+    if device.kind != DeviceKind::Cpu {
+        return Residency {
+            dequantize: false,
+            bytes: stored,
+            reason: format!("weights take {} MiB as stored", mib(stored)),
+        };
+    }
+    let bits = match profile.quantization.as_ref().map(|fact| fact.value.bits) {
+        // Scales and biases are stored too, so this errs on the high side.
+        Some(bits) => bits.unwrap_or(4).max(1),
+        None => {
+            // Stored as 16-bit floats as a rule, and computed in f32.
+            let bytes = stored.saturating_mul(2);
+            return Residency {
+                dequantize: false,
+                bytes,
+                reason: format!("weights take up to {} MiB as f32", mib(bytes)),
+            };
+        }
+    };
+    let plain = stored.saturating_mul(32) / u64::from(bits);
+    if device.memory_bytes.is_some_and(|available| plain <= available / 2) {
+        let reason = format!("quantized weights are unpacked to f32, up to {} MiB: faster on a CPU", mib(plain));
+        return Residency { dequantize: true, bytes: plain, reason };
+    }
+    Residency { dequantize: false, bytes: stored, reason: format!("weights take {} MiB as stored", mib(stored)) }
+}
+
+fn mib(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
+}
+
+fn refuse(reason: Reason) -> Verdict {
+    Verdict::Refuse(Refusal::because(reason))
+}
+
+fn nobody_claims(profile: &ModelProfile) -> Refusal {
+    let reason = match (&profile.model_type, &profile.architectures) {
+        (Some(fact), _) => Reason::from_fact(format!("no family claims `model_type` `{}`", fact.value), &fact.source),
+        (None, Some(fact)) => {
+            Reason::from_fact(format!("no family claims the architecture `{}`", fact.value.join(", ")), &fact.source)
+        }
+        (None, None) => Reason::new("there is no config.json, and no family is recognised by its tensors"),
+    };
+    Refusal::because(reason).hint("if a GGUF of this model exists, llama-server can serve that: --gguf")
+}

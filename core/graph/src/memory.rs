@@ -1,0 +1,23 @@
+//! MLX's allocator, by the numbers. All in bytes.
+
+use mlx_rs::memory;
+
+/// Bytes held by live arrays.
+pub fn active_bytes() -> u64 {
+    memory::active_memory().unwrap_or(0) as u64
+}
+
+/// The most bytes held at once since [`reset_peak`].
+pub fn peak_bytes() -> u64 {
+    memory::peak_memory().unwrap_or(0) as u64
+}
+
+/// Starts a new measurement of [`peak_bytes`].
+pub fn reset_peak() {
+    let _ = memory::reset_peak_memory();
+}
+
+/// Gives freed buffers back to the system.
+pub fn clear_cache() {
+    let _ = memory::clear_cache();
+}

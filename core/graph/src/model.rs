@@ -1,0 +1,50 @@
+//! What every model graph offers, whatever its family.
+
+use mlx_rs::{Array, error::Exception};
+
+use crate::cache::LayerCache;
+
+/// Which positions the logits are wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Every position: `[batch, time, vocab]`.
+    All,
+    /// The last one: `[batch, 1, vocab]`. Saves the head's work over a long prompt.
+    Last,
+}
+
+/// A causal language model. Lives and dies on the thread that built it.
+pub trait CausalModel {
+    /// Logits for `tokens` (`[batch, time]`, integers), which continue what `cache` holds; `cache` then holds them too.
+    ///
+    /// Lazy: nothing is computed before the result, or the cache, is evaluated.
+    fn forward(&self, tokens: &Array, cache: &mut [LayerCache], rows: Rows) -> Result<Array, Exception>;
+
+    /// Empty caches, one a layer.
+    fn new_cache(&self) -> Vec<LayerCache>;
+
+    /// Entries in the vocabulary.
+    fn vocab_size(&self) -> u32;
+}
+
+/// A graph that could not be built or run.
+#[derive(Debug, thiserror::Error)]
+pub enum GraphError {
+    /// config.json lacks a setting, or has one that cannot be computed.
+    #[error("config.json: {0}")]
+    Config(String),
+    /// Tensors are missing, misshapen or left over.
+    #[error("{0}")]
+    Weights(String),
+    /// A weight file could not be read.
+    #[error("{path}: {what}")]
+    File {
+        /// The file.
+        path: String,
+        /// Why.
+        what: String,
+    },
+    /// MLX failed.
+    #[error("MLX: {}", .0.what())]
+    Mlx(#[from] Exception),
+}

@@ -1,0 +1,116 @@
+//! Which tensors are quantized, and how: `quantization` (or `quantization_config`) of config.json, with its entries for
+//! single tensors.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+use crate::{ffi::Mode, model::GraphError};
+
+/// How one tensor is quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scheme {
+    /// Values that share a scale.
+    pub group_size: i32,
+    /// Bits a code.
+    pub bits: i32,
+    /// What a code means.
+    pub mode: Mode,
+}
+
+/// The scheme of every quantized tensor.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct QuantizationTable {
+    default: Option<Scheme>,
+    tensors: HashMap<String, Option<Scheme>>,
+}
+
+impl QuantizationTable {
+    /// Reads `quantization`, or failing that `quantization_config`. A method or mode that is not computed here is an
+    /// error that names it.
+    pub fn read(config: &Value) -> Result<Self, GraphError> {
+        let section = ["quantization", "quantization_config"].iter().find_map(|key| config.get(key));
+        let Some(section) = section.and_then(Value::as_object) else { return Ok(Self::default()) };
+        if let Some(method) = section.get("quant_method").and_then(Value::as_str) {
+            return Err(GraphError::Config(format!("`quant_method` `{method}` is not supported")));
+        }
+        let default = scheme(section.get("group_size"), section.get("bits"), section.get("mode"), None)?;
+        let mut tensors = HashMap::new();
+        for (name, entry) in section {
+            match entry {
+                Value::Object(entry) => {
+                    let own = scheme(entry.get("group_size"), entry.get("bits"), entry.get("mode"), default)?;
+                    tensors.insert(name.clone(), own);
+                }
+                Value::Bool(false) => {
+                    tensors.insert(name.clone(), None);
+                }
+                _ => {}
+            }
+        }
+        Ok(Self { default, tensors })
+    }
+
+    /// A table that quantizes everything alike.
+    pub fn uniform(scheme: Scheme) -> Self {
+        Self { default: Some(scheme), tensors: HashMap::new() }
+    }
+
+    /// The scheme of the tensor at `name` (without `.weight`), for one that has `.scales` beside it.
+    pub fn scheme(&self, name: &str) -> Option<Scheme> {
+        self.tensors.get(name).copied().unwrap_or(self.default)
+    }
+}
+
+fn scheme(
+    group_size: Option<&Value>,
+    bits: Option<&Value>,
+    mode: Option<&Value>,
+    default: Option<Scheme>,
+) -> Result<Option<Scheme>, GraphError> {
+    let mode = match mode.and_then(Value::as_str) {
+        Some(name) => Mode::parse(name)
+            .ok_or_else(|| GraphError::Config(format!("quantization `mode` `{name}` is not supported")))?,
+        None => default.map_or(Mode::Affine, |default| default.mode),
+    };
+    let number = |value: Option<&Value>, default: Option<i32>| {
+        value.and_then(Value::as_i64).and_then(|value| i32::try_from(value).ok()).or(default)
+    };
+    let group_size = number(group_size, default.map(|default| default.group_size));
+    let bits = number(bits, default.map(|default| default.bits));
+    match (group_size, bits) {
+        (Some(group_size), Some(bits)) if matches!(bits, 2 | 3 | 4 | 5 | 6 | 8) && group_size > 0 => {
+            Ok(Some(Scheme { group_size, bits, mode }))
+        }
+        (Some(group_size), Some(bits)) => {
+            Err(GraphError::Config(format!("quantization to {bits} bits in groups of {group_size} is not supported")))
+        }
+        _ => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn single_tensors_override() {
+        let table = QuantizationTable::read(&json!({"quantization": {
+            "group_size": 64, "bits": 4,
+            "model.embed_tokens": {"group_size": 32, "bits": 8},
+            "lm_head": false,
+        }}))
+        .unwrap();
+        assert_eq!(table.scheme("a"), Some(Scheme { group_size: 64, bits: 4, mode: Mode::Affine }));
+        assert_eq!(table.scheme("model.embed_tokens"), Some(Scheme { group_size: 32, bits: 8, mode: Mode::Affine }));
+        assert_eq!(table.scheme("lm_head"), None);
+    }
+
+    #[test]
+    fn foreign_methods_are_named() {
+        let error = QuantizationTable::read(&json!({"quantization_config": {"quant_method": "gptq"}})).unwrap_err();
+        assert!(error.to_string().contains("gptq"), "{error}");
+    }
+}

@@ -1,0 +1,250 @@
+//! Checked weights. They balance: a missing tensor is named with the shape it should have, and one that nobody took
+//! stops the load.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use mesh_core::DeviceKind;
+use mlx_rs::{Array, Dtype, random};
+use serde_json::Value;
+
+use crate::{
+    ffi::{self, Mode, Packed},
+    model::GraphError,
+    quantization::{QuantizationTable, Scheme},
+};
+
+/// Where, and as what, weights are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// The device that will compute.
+    pub device: DeviceKind,
+    /// Floats are converted to this type; `None` keeps the checkpoint's.
+    pub floats: Option<Dtype>,
+    /// Unpack quantized matrices at load.
+    pub dequantize: bool,
+}
+
+impl Placement {
+    /// For the CPU: MLX computes half floats there many times slower than f32, and accumulates in them.
+    pub fn cpu(dequantize: bool) -> Self {
+        Self { device: DeviceKind::Cpu, floats: Some(Dtype::Float32), dequantize }
+    }
+
+    /// For a GPU: as the checkpoint has it.
+    pub fn gpu(device: DeviceKind) -> Self {
+        Self { device, floats: None, dequantize: false }
+    }
+}
+
+/// A checkpoint's tensors, each to be taken once.
+pub struct Weights {
+    source: Source,
+    quantization: QuantizationTable,
+    placement: Placement,
+    taken: Vec<Array>,
+}
+
+enum Source {
+    Files(HashMap<String, Array>),
+    /// Made on demand, for benchmarks of a shape.
+    Random {
+        dtype: Dtype,
+        scheme: Option<Scheme>,
+    },
+}
+
+impl Weights {
+    /// Opens safetensors files. Lazy: values are read when they are evaluated.
+    pub fn open(files: &[PathBuf], config: &Value, placement: Placement) -> Result<Self, GraphError> {
+        ffi::init();
+        let mut tensors = HashMap::new();
+        for file in files {
+            let failed = |what: String| GraphError::File { path: file.display().to_string(), what };
+            for (name, array) in Array::load_safetensors(file).map_err(|error| failed(error.to_string()))? {
+                if tensors.insert(name.clone(), array).is_some() {
+                    return Err(failed(format!("tensor `{name}` is in two files")));
+                }
+            }
+        }
+        let quantization = QuantizationTable::read(config)?;
+        Ok(Self { source: Source::Files(tensors), quantization, placement, taken: Vec::new() })
+    }
+
+    /// Seeded random weights of whatever shapes are asked for.
+    pub fn random(seed: u64, dtype: Dtype, scheme: Option<Scheme>, placement: Placement) -> Result<Self, GraphError> {
+        ffi::init();
+        random::seed(seed)?;
+        let quantization = scheme.map(QuantizationTable::uniform).unwrap_or_default();
+        Ok(Self { source: Source::Random { dtype, scheme }, quantization, placement, taken: Vec::new() })
+    }
+
+    /// Where the weights are held.
+    pub fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// Whether a tensor of that name is there and not yet taken.
+    pub fn has(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Files(tensors) => tensors.contains_key(name),
+            Source::Random { .. } => false,
+        }
+    }
+
+    /// Names of the tensors not yet taken.
+    pub fn names(&self) -> Vec<String> {
+        match &self.source {
+            Source::Files(tensors) => tensors.keys().cloned().collect(),
+            Source::Random { .. } => Vec::new(),
+        }
+    }
+
+    /// Renames every tensor by `rename`; `None` drops it. For checkpoints that spell names another way.
+    pub fn rename(&mut self, rename: impl Fn(&str) -> Option<String>) {
+        if let Source::Files(tensors) = &mut self.source {
+            *tensors = std::mem::take(tensors)
+                .into_iter()
+                .filter_map(|(name, array)| rename(&name).map(|name| (name, array)))
+                .collect();
+        }
+    }
+
+    /// Drops a tensor that is known to be redundant.
+    pub fn drop_tensor(&mut self, name: &str) {
+        if let Source::Files(tensors) = &mut self.source {
+            tensors.remove(name);
+        }
+    }
+
+    /// Takes a tensor of plain floats.
+    pub fn take(&mut self, name: &str, shape: &[i32]) -> Result<Array, GraphError> {
+        let array = match &mut self.source {
+            Source::Files(tensors) => tensors
+                .remove(name)
+                .ok_or_else(|| GraphError::Weights(format!("tensor `{name}` of shape {shape:?} is missing")))?,
+            Source::Random { dtype, .. } => {
+                let scale = 1.0 / (*shape.last().unwrap_or(&1) as f32).sqrt();
+                let values = random::normal::<f32>(shape, None, scale, None)?;
+                let values = if shape.len() == 1 { values.abs()?.add(Array::from_f32(0.5))? } else { values };
+                values.as_dtype(*dtype)?
+            }
+        };
+        if array.shape() != shape {
+            return Err(GraphError::Weights(format!("tensor `{name}` has shape {:?}, not {shape:?}", array.shape())));
+        }
+        let array = match self.placement.floats {
+            Some(dtype) if is_float(array.dtype()) && array.dtype() != dtype => array.as_dtype(dtype)?,
+            _ => array,
+        };
+        self.taken.push(array.clone());
+        Ok(array)
+    }
+
+    /// Takes a matrix `{name}.weight` of `[out, in]`, packed or plain.
+    pub fn take_matrix(&mut self, name: &str, out: i32, inner: i32) -> Result<Matrix, GraphError> {
+        let Some(scheme) = self.scheme_of(name, inner) else {
+            return Ok(Matrix::Plain(self.take(&format!("{name}.weight"), &[out, inner])?));
+        };
+        let words = i64::from(inner) * i64::from(scheme.bits) / 32;
+        let groups = inner / scheme.group_size;
+        if inner % scheme.group_size != 0 || i64::from(inner) * i64::from(scheme.bits) % 32 != 0 {
+            return Err(GraphError::Weights(format!(
+                "`{name}` has {inner} columns, which do not divide into groups of {}",
+                scheme.group_size
+            )));
+        }
+        let packed = if let Source::Random { dtype, .. } = self.source {
+            self.random_packed(out, inner, scheme, dtype)?
+        } else {
+            Packed {
+                weight: self.take(&format!("{name}.weight"), &[out, words as i32])?,
+                scales: self.take(&format!("{name}.scales"), &[out, groups])?,
+                biases: match scheme.mode.has_biases() {
+                    true => Some(self.take(&format!("{name}.biases"), &[out, groups])?),
+                    false => None,
+                },
+                group_size: scheme.group_size,
+                bits: scheme.bits,
+                mode: scheme.mode,
+            }
+        };
+        if !self.placement.dequantize {
+            return Ok(Matrix::Packed(packed));
+        }
+        let mut plain = ffi::dequantize(&packed)?;
+        if let Some(dtype) = self.placement.floats {
+            plain = plain.as_dtype(dtype)?;
+        }
+        let parts = if packed.biases.is_some() { 3 } else { 2 };
+        self.taken.truncate(self.taken.len().saturating_sub(parts));
+        self.taken.push(plain.clone());
+        Ok(Matrix::Plain(plain))
+    }
+
+    fn scheme_of(&self, name: &str, inner: i32) -> Option<Scheme> {
+        match &self.source {
+            Source::Files(_) if self.has(&format!("{name}.scales")) => self.quantization.scheme(name),
+            Source::Files(_) => None,
+            Source::Random { scheme, .. } => scheme.filter(|scheme| inner % scheme.group_size == 0),
+        }
+    }
+
+    fn random_packed(&mut self, out: i32, inner: i32, scheme: Scheme, dtype: Dtype) -> Result<Packed, GraphError> {
+        let words = inner * scheme.bits / 32;
+        let weight = random::randint::<_, u32>(0, i32::MAX, &[out, words], None)?;
+        let levels = (1_i64 << scheme.bits) as f32;
+        let spread = 3.5 / ((inner as f32).sqrt() * levels);
+        let groups = [out, inner / scheme.group_size];
+        let scales = random::uniform::<_, f32>(0.5 * spread, spread, &groups, None)?.as_dtype(dtype)?;
+        let biases = scales.multiply(Array::from_f32(-levels / 2.0).as_dtype(dtype)?)?;
+        let has_biases = scheme.mode == Mode::Affine;
+        self.taken.extend([weight.clone(), scales.clone()]);
+        self.taken.extend(has_biases.then(|| biases.clone()));
+        Ok(Packed {
+            weight,
+            scales,
+            biases: has_biases.then_some(biases),
+            group_size: scheme.group_size,
+            bits: scheme.bits,
+            mode: scheme.mode,
+        })
+    }
+
+    /// Hands over an array made from taken tensors, so that it is read at load in their place.
+    pub fn replace_last(&mut self, parts: usize, made: Array) {
+        self.taken.truncate(self.taken.len().saturating_sub(parts));
+        self.taken.push(made);
+    }
+
+    /// Ends the taking: what is left over is an error that lists it. Returns the arrays to evaluate.
+    pub fn finish(self) -> Result<Vec<Array>, GraphError> {
+        if let Source::Files(tensors) = &self.source
+            && !tensors.is_empty()
+        {
+            let mut names: Vec<_> =
+                tensors.iter().map(|(name, array)| format!("`{name}` {:?}", array.shape())).collect();
+            names.sort();
+            let more = names.len().saturating_sub(20);
+            names.truncate(20);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            return Err(GraphError::Weights(format!(
+                "the model does not use these tensors: {}{more}",
+                names.join(", ")
+            )));
+        }
+        Ok(self.taken)
+    }
+}
+
+/// A matrix `[out, in]` as it is held.
+#[derive(Clone, Debug)]
+pub enum Matrix {
+    /// Plain floats.
+    Plain(Array),
+    /// Quantized.
+    Packed(Packed),
+}
+
+fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::Float16 | Dtype::Bfloat16 | Dtype::Float32 | Dtype::Float64)
+}
