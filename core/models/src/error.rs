@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use mesh_core::{Hint, ProbeError, WeightFormat};
 
+use crate::reference::quoted;
+
 /// Finding, fetching or importing a model.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
@@ -23,15 +25,15 @@ pub enum FetchError {
         /// Catalog names that resemble it, best first.
         near: Vec<String>,
     },
-    /// The model is there, but not in the format that was asked for.
-    #[error("{model} has no {wanted} weights{}", .has.map_or(String::new(), |has| format!(", only {has}")))]
+    /// The model has no weights, or none in the format that was asked for.
+    #[error("{model} has no{} weights{}", spaced(.wanted), .has.map_or(String::new(), |has| format!(", only {has}")))]
     WrongFormat {
         /// The model as the user spelled it.
         model: String,
         /// What it has, if anything.
         has: Option<WeightFormat>,
-        /// What was asked for.
-        wanted: WeightFormat,
+        /// What was asked for, if anything in particular.
+        wanted: Option<WeightFormat>,
     },
     /// The repository, revision or file does not exist, or is private.
     #[error("the hub has no {what}")]
@@ -40,7 +42,7 @@ pub enum FetchError {
         what: String,
     },
     /// The hub refuses access.
-    #[error("the hub refuses access to {repo}")]
+    #[error("the hub refuses access to {repo}, or there is no such repository")]
     Denied {
         /// The repository.
         repo: String,
@@ -113,6 +115,10 @@ impl FetchError {
     }
 }
 
+fn spaced(format: &Option<WeightFormat>) -> String {
+    format.map_or(String::new(), |format| format!(" {format}"))
+}
+
 fn did_you_mean(names: &[String]) -> String {
     if names.is_empty() { String::new() } else { format!("; did you mean {}?", names.join(" or ")) }
 }
@@ -125,10 +131,10 @@ impl Hint for FetchError {
             }
             Self::UnknownName { .. } => Some("`mesh-llm models list` shows the known names".into()),
             Self::WrongFormat { model, has: Some(WeightFormat::Gguf), .. } => {
-                Some(format!("run: mesh-llm --model {model} --gguf"))
+                Some(format!("run: mesh-llm --model {} --gguf", quoted(model)))
             }
             Self::WrongFormat { model, has: Some(WeightFormat::Safetensors), .. } => {
-                Some(format!("run: mesh-llm --model {model} --mlx"))
+                Some(format!("run: mesh-llm --model {} --mlx", quoted(model)))
             }
             Self::WrongFormat { has: None, .. } => Some("choose a repository that holds weights".into()),
             Self::NotFound { .. } => {

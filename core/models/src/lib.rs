@@ -1,17 +1,26 @@
 //! From what a user types to a model on disk and a profile of it.
+//!
+//! - [`reference`]: the one grammar of model references; [`catalog`]: models known by name.
+//! - [`store`]: finds a model, fetching it from the hub or a mirror.
+//! - [`probe`]: what a model is, from its configs and headers, every file size-capped.
+//! - [`gguf`]: the header reader; [`import`]: a GGUF into an MLX directory.
 
+pub mod catalog;
+mod choice;
 pub mod error;
+pub mod gguf;
+mod hub;
+pub mod import;
+mod local;
+mod mirror;
+pub mod probe;
+pub mod reference;
 pub mod store;
 
 pub use error::{FetchError, ImportError};
+pub use import::{ImportReport, import_gguf};
+pub use probe::probe;
 pub use store::{Artifact, Listed, Origin, Store, StoreOptions, Want};
-
-use mesh_core::{ModelProfile, ProbeError};
 
 /// Catalog name of the model that is served when none is named.
 pub const DEFAULT_MODEL: &str = "SmolLM2-135M-Instruct";
-
-/// What is known about an artifact from its config and headers.
-pub fn probe(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
-    Err(ProbeError::Missing { path: artifact.root.clone() })
-}

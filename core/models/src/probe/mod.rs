@@ -1,0 +1,130 @@
+//! What a model is, from its configs and headers. Every file is size-capped before it is read, every fact names its
+//! source, and a file that was cut off is an error that says by how much.
+
+mod directory;
+mod gguf;
+mod safetensors;
+mod template;
+
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use mesh_core::{Fact, ModelProfile, ProbeError, Source, WeightFormat};
+use serde_json::Value;
+
+use crate::store::Artifact;
+
+/// Largest config.json and generation_config.json, in bytes.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// Largest tokenizer_config.json and special_tokens_map.json, in bytes; some list every added token.
+const TOKENIZER_CONFIG_BYTES_MAX: u64 = 32 << 20;
+/// Largest tokenizer.json, in bytes.
+const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
+
+/// What is known about an artifact from its configs and headers.
+///
+/// # Errors
+///
+/// A file that is missing, cut off, malformed or larger than its bound.
+pub fn probe(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
+    match artifact.format {
+        WeightFormat::Safetensors => directory::profile(artifact),
+        WeightFormat::Gguf => gguf::profile(artifact),
+    }
+}
+
+/// A profile that knows no more than what the artifact itself says.
+fn blank(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
+    let mut bytes = 0u64;
+    for path in &artifact.weights {
+        let metadata = std::fs::metadata(path).map_err(|source| missing_or(path, source))?;
+        bytes = bytes.saturating_add(metadata.len());
+    }
+    let Some(first) = artifact.weights.first() else {
+        return Err(ProbeError::MissingFile { root: artifact.root.clone(), file: "weights".into() });
+    };
+    let source = Source::file(relative(&artifact.root, first));
+    Ok(ModelProfile {
+        name: artifact.name.clone(),
+        root: artifact.root.clone(),
+        weights: artifact.weights.clone(),
+        format: Fact::new(artifact.format, source.clone()),
+        weight_bytes: Fact::new(bytes, source),
+        model_type: None,
+        architectures: None,
+        gguf_architecture: None,
+        quantization: None,
+        context_tokens_max: None,
+        parameters: None,
+        layers: None,
+        kv_heads: None,
+        head_dim: None,
+        vocab_size: None,
+        eos_token_ids: Vec::new(),
+        bos_token: None,
+        eos_token: None,
+        tokenizer: None,
+        chat_template: None,
+        vision: None,
+        tensor_names: None,
+        config: Value::Null,
+        generation_config: Value::Null,
+    })
+}
+
+/// A path as shown to people: below the model's directory.
+fn relative(root: &Path, path: &Path) -> String {
+    path.strip_prefix(root).unwrap_or(path).to_string_lossy().into_owned()
+}
+
+/// Adds an end-of-text token unless it is known already; the first source stays.
+fn add_eos(profile: &mut ModelProfile, id: u32, source: Source) {
+    if profile.eos_token_ids.iter().all(|fact| fact.value != id) {
+        profile.eos_token_ids.push(Fact::new(id, source));
+    }
+}
+
+fn missing_or(path: &Path, source: std::io::Error) -> ProbeError {
+    match source.kind() {
+        std::io::ErrorKind::NotFound => ProbeError::Missing { path: path.to_owned() },
+        _ => ProbeError::Io { path: path.to_owned(), source },
+    }
+}
+
+fn malformed(path: &Path, what: impl Into<String>) -> ProbeError {
+    ProbeError::Malformed { path: path.to_owned(), what: what.into() }
+}
+
+/// A file's content if the file exists and holds at most `bytes_max` bytes.
+pub(crate) fn read_capped(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, ProbeError> {
+    let io = |source| ProbeError::Io { path: path.to_owned(), source };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io(error)),
+    };
+    let mut content = Vec::new();
+    // The size that metadata claims is not believed: the file may be a pipe.
+    file.take(bytes_max + 1).read_to_end(&mut content).map_err(io)?;
+    if content.len() as u64 > bytes_max {
+        return Err(malformed(path, format!("larger than the {bytes_max} bytes that are read")));
+    }
+    Ok(Some(content))
+}
+
+/// A JSON object in the model's directory; `Null` if the file is not there.
+fn json(root: &Path, file: &str, bytes_max: u64) -> Result<Value, ProbeError> {
+    let path: PathBuf = root.join(file);
+    let Some(content) = read_capped(&path, bytes_max)? else { return Ok(Value::Null) };
+    match serde_json::from_slice(&content) {
+        Ok(value @ Value::Object(_)) => Ok(value),
+        Ok(_) => Err(malformed(&path, "not a JSON object")),
+        Err(error) => Err(malformed(&path, error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests;
