@@ -1,1 +1,19 @@
-//! mesh-llm
+//! The server of mesh-llm: models by name, the walk of a request, and an OpenAI-compatible door to both.
+//!
+//! Names no backend and no family: it finds what the binary links through the registry.
+//!
+//! - [`openai`]: the wire format.
+//! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
+//! - [`pipeline`]: the walk of a request.
+//! - [`slots`], [`served`], [`voting`]: models, from a name to something that answers.
+
+pub mod body;
+pub mod error;
+pub mod listen;
+pub mod openai;
+pub mod pipeline;
+pub mod routes;
+pub mod served;
+pub mod slots;
+pub mod sse;
+pub mod voting;

@@ -1,0 +1,188 @@
+//! Errors as HTTP answers. The only place with status codes.
+
+use std::time::Duration;
+
+use mesh_core::{EngineError, Hint, SubmitError, TemplateError};
+use warp::{
+    Reply,
+    http::{HeaderValue, StatusCode, header::RETRY_AFTER},
+    reply::Response,
+};
+
+use crate::{
+    openai::{
+        BadRequest,
+        response::{ErrorBody, ErrorObject},
+    },
+    pipeline::PipelineError,
+    slots::SlotError,
+};
+
+/// An error on its way to a client.
+#[derive(Clone, Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    object: ErrorObject,
+    retry_after: Option<Duration>,
+}
+
+const INVALID: &str = "invalid_request_error";
+const SERVER: &str = "server_error";
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &str, code: &str, message: impl Into<String>) -> Self {
+        let object = ErrorObject { message: message.into(), kind: kind.into(), code: Some(code.into()), param: None };
+        Self { status, object, retry_after: None }
+    }
+
+    fn invalid(code: &str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, INVALID, code, message)
+    }
+
+    fn unavailable(code: &str, message: impl Into<String>, retry_after: Option<Duration>) -> Self {
+        Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, code, message) }
+    }
+
+    fn param(mut self, param: impl Into<String>) -> Self {
+        self.object.param = Some(param.into());
+        self
+    }
+
+    /// No route has that path.
+    pub fn no_such_path(path: &str) -> Self {
+        let path: String = path.chars().take(200).collect();
+        let message = format!("there is nothing at {path}; try /v1/models, /v1/chat/completions or /v1/completions");
+        Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
+    }
+
+    /// The path has other methods.
+    pub fn method_not_allowed() -> Self {
+        let message = "this path does not take that method; completions take POST, everything else GET";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message)
+    }
+
+    /// The body is longer than `max` bytes.
+    pub fn body_too_large(max: u64) -> Self {
+        let message = format!("the body is larger than {max} bytes, the most that is read");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "body_too_large", message)
+    }
+
+    /// The body stopped arriving.
+    pub fn body_too_slow() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "request_timeout", "the body did not arrive in time")
+    }
+
+    /// The body broke off.
+    pub fn body_broken() -> Self {
+        Self::invalid("body_incomplete", "the body could not be read to its end")
+    }
+
+    /// Anything that nobody foresaw.
+    pub fn internal() -> Self {
+        let message = "the server failed; its log says more";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", message)
+    }
+
+    /// The body to send.
+    pub fn body(&self) -> ErrorBody {
+        ErrorBody { error: self.object.clone() }
+    }
+
+    /// The status to send.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+}
+
+impl Reply for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = warp::reply::json(&self.body()).into_response();
+        *response.status_mut() = self.status;
+        if let Some(after) = self.retry_after {
+            // Rounded up, and never 0: clients take that as an invitation to try without end.
+            let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        response
+    }
+}
+
+/// What was wrong, and what to do next, in one message.
+fn said(error: &(impl std::fmt::Display + Hint)) -> String {
+    match error.hint() {
+        Some(hint) => format!("{error}; {}", hint.trim_end()),
+        None => error.to_string(),
+    }
+}
+
+impl From<BadRequest> for ApiError {
+    fn from(error: BadRequest) -> Self {
+        let reply = Self::invalid(error.code(), error.to_string());
+        match error.param() {
+            Some(param) => reply.param(param),
+            None => reply,
+        }
+    }
+}
+
+impl From<SlotError> for ApiError {
+    fn from(error: SlotError) -> Self {
+        let message = said(&error);
+        match error {
+            SlotError::Unknown { .. } => {
+                Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", message).param("model")
+            }
+            SlotError::Failed { retry_after, .. } => Self::unavailable("model_failed", message, Some(retry_after)),
+            SlotError::Crowded { .. } => Self::unavailable("model_loading", message, Some(Duration::from_secs(5))),
+            SlotError::Stopped => Self::unavailable("shutting_down", message, None),
+        }
+    }
+}
+
+impl From<PipelineError> for ApiError {
+    fn from(error: PipelineError) -> Self {
+        let message = said(&error);
+        match error {
+            PipelineError::Template(TemplateError::Refused { .. } | TemplateError::Failed { .. }) => {
+                Self::invalid("template_error", message).param("messages")
+            }
+            PipelineError::Template(_) => Self::invalid("no_chat_template", message).param("messages"),
+            PipelineError::NoTools { .. } => Self::invalid("unsupported_parameter", message).param("tools"),
+            PipelineError::NoSwitch { field, .. } => Self::invalid("unsupported_parameter", message).param(field),
+            PipelineError::Submit(error) => Self::submit(error, message),
+            PipelineError::Tokenizer(_) | PipelineError::NoTokenizer | PipelineError::Panicked => {
+                tracing::error!(error = %message, "a prompt could not be prepared");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", message)
+            }
+        }
+    }
+}
+
+impl ApiError {
+    fn submit(error: SubmitError, message: String) -> Self {
+        match error {
+            SubmitError::Busy { retry_after, .. } => Self::unavailable("busy", message, Some(retry_after)),
+            SubmitError::Gone { .. } => Self::unavailable("engine_gone", message, Some(Duration::from_secs(1))),
+            SubmitError::TooLong { .. } => Self::invalid("context_length_exceeded", message).param("messages"),
+            SubmitError::Empty | SubmitError::UnknownToken { .. } => {
+                Self::invalid("invalid_value", message).param("prompt")
+            }
+            SubmitError::WrongForm { .. } => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", message)
+            }
+            SubmitError::Unsupported { knob } => Self::invalid("unsupported_parameter", message).param(knob.field()),
+        }
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        let message = error.to_string();
+        match error {
+            EngineError::Failed { .. } => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "engine_failed", message)
+            }
+            EngineError::Stopped => Self::unavailable("shutting_down", message, None),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What can be wrong with a request. Each names the field and says what was expected.
+
+use serde::de::DeserializeOwned;
+
+/// A request that cannot be honoured as it stands.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadRequest {
+    /// The body is not JSON.
+    #[error("the body is not valid JSON: {what}")]
+    Json {
+        /// Where and why.
+        what: String,
+    },
+    /// A field nobody knows.
+    #[error("unknown parameter: `{param}`")]
+    Unknown {
+        /// Its name with its path.
+        param: String,
+    },
+    /// A field that is known and not supported.
+    #[error("`{param}` is not supported: {why}")]
+    Unsupported {
+        /// Its name with its path.
+        param: String,
+        /// Why, or what is supported instead.
+        why: String,
+    },
+    /// A field of the wrong type.
+    #[error("`{param}`: {what}")]
+    Type {
+        /// Its name with its path.
+        param: String,
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// A field of the right type with a value that is not possible.
+    #[error("`{param}` {what}")]
+    Value {
+        /// Its name with its path.
+        param: String,
+        /// What is possible.
+        what: String,
+    },
+    /// A field that has to be there.
+    #[error("`{param}` is missing")]
+    Missing {
+        /// Its name.
+        param: String,
+    },
+}
+
+impl BadRequest {
+    /// The field it is about.
+    pub fn param(&self) -> Option<&str> {
+        match self {
+            Self::Json { .. } => None,
+            Self::Unknown { param }
+            | Self::Unsupported { param, .. }
+            | Self::Type { param, .. }
+            | Self::Value { param, .. }
+            | Self::Missing { param } => Some(param),
+        }
+    }
+
+    /// A word for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Json { .. } => "invalid_json",
+            Self::Unknown { .. } => "unknown_parameter",
+            Self::Unsupported { .. } => "unsupported_parameter",
+            Self::Type { .. } => "invalid_type",
+            Self::Value { .. } => "invalid_value",
+            Self::Missing { .. } => "missing_required_parameter",
+        }
+    }
+
+    pub(crate) fn unsupported(param: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Unsupported { param: param.into(), why: why.into() }
+    }
+
+    pub(crate) fn value(param: impl Into<String>, what: impl Into<String>) -> Self {
+        Self::Value { param: param.into(), what: what.into() }
+    }
+
+    pub(crate) fn missing(param: impl Into<String>) -> Self {
+        Self::Missing { param: param.into() }
+    }
+}
+
+/// Most characters of a parser's message that are repeated to the client: messages quote the value they found.
+const MESSAGE_CHARS_MAX: usize = 200;
+
+/// Reads a request. Errors name the field by its path, such as `messages[0].role`.
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, BadRequest> {
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let request = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        classify(&path, error.inner())
+    })?;
+    reader.end().map_err(|error| BadRequest::Json { what: error.to_string() })?;
+    Ok(request)
+}
+
+fn classify(path: &str, error: &serde_json::Error) -> BadRequest {
+    if !error.is_data() {
+        return BadRequest::Json { what: error.to_string() };
+    }
+    // serde_json appends the position, which says nothing to someone who sent a single line.
+    let text = error.to_string();
+    let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(head, _)| head);
+    let named = |prefix: &str| Some(text.strip_prefix(prefix)?.split('`').next()?.to_owned());
+    if let Some(name) = named("unknown field `") {
+        return BadRequest::Unknown { param: join(path, &name) };
+    }
+    if let Some(name) = named("missing field `") {
+        return BadRequest::Missing { param: join(path, &name) };
+    }
+    if let Some(name) = named("duplicate field `") {
+        return BadRequest::Value { param: join(path, &name), what: "is given twice".into() };
+    }
+    let (found, expected) = text.rsplit_once(", expected ").unwrap_or((text, ""));
+    let found: String = found.chars().take(MESSAGE_CHARS_MAX).collect();
+    let what = if expected.is_empty() { found } else { format!("{found}, expected {}", in_words(expected)) };
+    let param = if path == "." { "body".to_owned() } else { path.to_owned() };
+    BadRequest::Type { param, what }
+}
+
+/// The path of a field inside the object at `path`. The path may or may not name the field already.
+fn join(path: &str, name: &str) -> String {
+    match path {
+        "." | "?" => name.to_owned(),
+        path if path == name || path.ends_with(&format!(".{name}")) => path.to_owned(),
+        path => format!("{}.{name}", path.trim_end_matches(".?")),
+    }
+}
+
+/// Rust's names of types, for people.
+fn in_words(expected: &str) -> &str {
+    match expected {
+        "f32" | "f64" => "a number",
+        "u32" | "u64" | "usize" => "an integer of 0 or more",
+        "i32" | "i64" => "an integer",
+        expected if expected.starts_with("struct ") => "an object",
+        expected => expected,
+    }
+}

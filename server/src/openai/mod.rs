@@ -1,0 +1,19 @@
+//! The OpenAI wire format, both ways. Nothing outside this module writes or reads OpenAI JSON.
+//!
+//! Requests are read strictly: every field is honoured, or refused by its name. A field that is `null` is absent.
+//!
+//! - [`bad_request`]: what can be wrong with a request, and the reading of JSON.
+//! - [`fields`]: parameters that chat and text completions share.
+//! - [`chat`], [`completion`]: the two requests.
+//! - [`response`]: answers, chunks, models, errors.
+
+pub mod bad_request;
+pub mod chat;
+pub mod completion;
+pub mod fields;
+pub mod message;
+pub mod response;
+
+pub use bad_request::{BadRequest, parse};
+pub use chat::ChatRequest;
+pub use completion::CompletionRequest;

@@ -1,0 +1,163 @@
+//! A model that is ready: its engine, and everything needed to talk with it.
+
+use std::{sync::Arc, time::SystemTime};
+
+use mesh_core::{
+    EngineHandle, Hint, ModelFamily, ModelProfile, OutputForm, PromptForm, RegistryError, TemplateError, Thinking,
+    UnknownName,
+};
+use mesh_text::{Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, dialects, tokenizer::DecoderOptions};
+use tokio::sync::Semaphore;
+
+/// The dialect of models that no family speaks for: text as it comes.
+const PLAIN_DIALECT: &str = "plain";
+
+/// The name under which templates for conversations with tools are published.
+const TOOL_TEMPLATE: &str = "tool_use";
+
+/// Prompts that are rendered and tokenized at the same time, over all requests to one model.
+const PREPARING_MAX: usize = 4;
+
+/// A model that requests can be sent to.
+pub struct ServedModel {
+    /// What is known about it.
+    pub profile: Arc<ModelProfile>,
+    /// Its engine.
+    pub handle: EngineHandle,
+    /// How its reasoning is switched.
+    pub thinking: Thinking,
+    /// What its answers are written in.
+    pub dialect: &'static dyn Dialect,
+    /// Present where the engine takes or gives tokens.
+    pub tokenizer: Option<Tokenizer>,
+    /// Seconds since 1970 at which it became ready.
+    pub since: u64,
+    pub(crate) preparing: Semaphore,
+    default_template: Result<Template, TemplateError>,
+    tool_template: Option<Result<Template, TemplateError>>,
+}
+
+/// The parts of a model that talk, made before its weights are loaded: what fails here fails early.
+pub struct Voice {
+    thinking: Thinking,
+    dialect: &'static dyn Dialect,
+    default_template: Result<Template, TemplateError>,
+    tool_template: Option<Result<Template, TemplateError>>,
+}
+
+/// A model that cannot be talked with.
+#[derive(Debug, thiserror::Error)]
+pub enum VoiceError {
+    /// Two linked dialects exclude each other.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The family's dialect is not linked.
+    #[error(transparent)]
+    Dialect(#[from] UnknownName),
+    /// The engine works on tokens, and the model has no tokenizer.
+    #[error("{model} has no tokenizer.json, without which text cannot be turned into tokens")]
+    NoTokenizer {
+        /// The model.
+        model: String,
+    },
+    /// The tokenizer cannot be read.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+}
+
+impl Hint for VoiceError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::NoTokenizer { .. } => {
+                Some("download tokenizer.json from where the model was published, into the same directory".into())
+            }
+            Self::Tokenizer(error) => error.hint(),
+            Self::Registry(_) | Self::Dialect(_) => None,
+        }
+    }
+}
+
+impl Voice {
+    /// Finds the dialect and compiles the templates. A template that does not compile fails chat requests, not the
+    /// model: text completions need none.
+    pub fn of(profile: &ModelProfile, family: Option<&'static dyn ModelFamily>) -> Result<Self, VoiceError> {
+        let conventions = family.map(ModelFamily::conventions);
+        let dialect = dialects()?.get(conventions.map_or(PLAIN_DIALECT, |conventions| conventions.dialect))?;
+        let own = profile.chat_template.as_ref();
+        let fallback = conventions.and_then(|conventions| conventions.fallback_template);
+        let default_template = match (own, fallback) {
+            (Some(own), _) => {
+                tracing::info!(model = %profile.name, source = %own.source, "using the model's chat template");
+                Template::compile(&own.value.default)
+            }
+            (None, Some(fallback)) => {
+                tracing::warn!(
+                    model = %profile.name,
+                    family = family.map(|family| family.id()),
+                    "the model comes without a chat template; using its family's fallback"
+                );
+                Template::compile(fallback)
+            }
+            (None, None) => {
+                tracing::warn!(model = %profile.name, "the model has no chat template; only /v1/completions will work");
+                Err(TemplateError::None)
+            }
+        };
+        if let Err(error) = &default_template
+            && *error != TemplateError::None
+        {
+            tracing::warn!(model = %profile.name, %error, "only /v1/completions will work");
+        }
+        let tool_template =
+            own.and_then(|own| own.value.named.get(TOOL_TEMPLATE)).map(|source| Template::compile(source));
+        let thinking = conventions.map_or(Thinking::Fixed, |conventions| conventions.thinking);
+        Ok(Self { thinking, dialect, default_template, tool_template })
+    }
+}
+
+impl ServedModel {
+    /// Puts a loaded engine and its voice together; reads the tokenizer where the engine works on tokens.
+    pub fn new(profile: Arc<ModelProfile>, voice: Voice, handle: EngineHandle) -> Result<Self, VoiceError> {
+        let capabilities = handle.capabilities();
+        let on_tokens = capabilities.prompt == PromptForm::Tokens || capabilities.output == OutputForm::Tokens;
+        let tokenizer = match (&profile.tokenizer, on_tokens) {
+            (Some(path), true) => Some(Tokenizer::from_file(&path.value)?),
+            (None, true) => return Err(VoiceError::NoTokenizer { model: profile.name.clone() }),
+            (_, false) => None,
+        };
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Ok(Self {
+            profile,
+            handle,
+            thinking: voice.thinking,
+            dialect: voice.dialect,
+            tokenizer,
+            since,
+            preparing: Semaphore::new(PREPARING_MAX),
+            default_template: voice.default_template,
+            tool_template: voice.tool_template,
+        })
+    }
+
+    /// The template for a conversation with or without tools.
+    pub(crate) fn template(&self, tools: bool) -> Result<&Template, TemplateError> {
+        let template = self.tool_template.as_ref().filter(|_| tools).unwrap_or(&self.default_template);
+        template.as_ref().map_err(Clone::clone)
+    }
+
+    /// What turns the engine's tokens into text, where it gives tokens. Special tokens named in `keep` stay in.
+    pub(crate) fn decoder(&self, keep: &[&str], continues: bool) -> Option<StreamDecoder> {
+        if self.handle.capabilities().output == OutputForm::Text {
+            return None;
+        }
+        let keep = keep.iter().map(|token| (*token).to_owned()).collect();
+        let options = DecoderOptions { keep, continues, ..DecoderOptions::default() };
+        self.tokenizer.as_ref().map(|tokenizer| tokenizer.decoder_with(options))
+    }
+}
+
+impl std::fmt::Debug for ServedModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServedModel").field("name", &self.profile.name).field("handle", &self.handle).finish()
+    }
+}

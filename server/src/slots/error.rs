@@ -1,0 +1,104 @@
+//! Why a model is not there to answer.
+
+use std::{sync::Arc, time::Duration};
+
+use mesh_core::{ElectionError, Hint, LoadError, ProbeError};
+use mesh_models::FetchError;
+
+use crate::served::VoiceError;
+
+/// Getting a model ready.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// It could not be found or fetched.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// It could not be read.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// Nobody may or would serve it.
+    #[error(transparent)]
+    Election(#[from] ElectionError),
+    /// It cannot be talked with.
+    #[error(transparent)]
+    Voice(#[from] VoiceError),
+    /// The backend could not load it.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Its engine was ready and broke.
+    #[error("the engine failed: {what}")]
+    Engine {
+        /// Why.
+        what: Arc<str>,
+    },
+    /// A part of the server broke.
+    #[error("the server failed while {what}")]
+    Panicked {
+        /// What was being done.
+        what: &'static str,
+    },
+}
+
+impl Hint for StartError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Fetch(error) => error.hint(),
+            Self::Probe(error) => error.hint(),
+            Self::Election(error) => error.hint(),
+            Self::Voice(error) => error.hint(),
+            Self::Load(error) => error.hint(),
+            Self::Engine { .. } | Self::Panicked { .. } => None,
+        }
+    }
+}
+
+/// A request for a model that could not be had.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum SlotError {
+    /// No slot has that name.
+    #[error("no model is called `{name}`; served here: {}", .served.join(", "))]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        served: Vec<String>,
+    },
+    /// It failed, and may not be tried again yet.
+    #[error("{model} failed {}: {reason}", times(.failures))]
+    Failed {
+        /// The model.
+        model: String,
+        /// Failures in a row.
+        failures: u32,
+        /// The last one.
+        reason: Arc<StartError>,
+        /// When the next request may try again.
+        retry_after: Duration,
+    },
+    /// As many requests as may wait for the model do so already.
+    #[error("{model} is still loading, and {waiting} requests wait for it already")]
+    Crowded {
+        /// The model.
+        model: String,
+        /// Requests waiting.
+        waiting: usize,
+    },
+    /// The server is shutting down.
+    #[error("the server is shutting down")]
+    Stopped,
+}
+
+fn times(failures: &u32) -> String {
+    if *failures == 1 { "once".into() } else { format!("{failures} times in a row") }
+}
+
+impl Hint for SlotError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Unknown { .. } => Some("GET /v1/models lists the models".into()),
+            Self::Failed { reason, .. } => reason.hint(),
+            Self::Crowded { .. } => Some("try again once /readyz answers 200".into()),
+            Self::Stopped => None,
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The start of a model: locate, probe, judge, elect, load.
+
+use std::{fmt, sync::Arc};
+
+use async_trait::async_trait;
+use mesh_core::{Elected, ElectionRequest, LoadPlan, ModelProfile, ProgressSink};
+use mesh_models::{Store, Want, probe};
+
+use super::StartError;
+use crate::{
+    served::{ServedModel, Voice},
+    voting::Electorate,
+};
+
+/// Finds a model and what is known about it.
+#[async_trait]
+pub trait Locate: Send + Sync {
+    /// May download; reports that to `progress`.
+    async fn locate(&self, progress: &ProgressSink) -> Result<ModelProfile, StartError>;
+}
+
+/// Finds a model in the store.
+pub struct StoreLocate {
+    /// The store.
+    pub store: Arc<Store>,
+    /// The model as the user spelled it.
+    pub reference: String,
+    /// Which weights, where it has several kinds.
+    pub want: Want,
+}
+
+#[async_trait]
+impl Locate for StoreLocate {
+    async fn locate(&self, progress: &ProgressSink) -> Result<ModelProfile, StartError> {
+        let artifact = self.store.locate(&self.reference, self.want, progress).await?;
+        let profile = tokio::task::spawn_blocking(move || probe(&artifact)).await;
+        Ok(profile.map_err(|_| StartError::Panicked { what: "reading the model's headers" })??)
+    }
+}
+
+/// How far a start has come.
+#[derive(Clone, Debug)]
+pub enum StartStep {
+    /// The model is being looked for.
+    Locating {
+        /// As the user spelled it.
+        reference: String,
+    },
+    /// It was found.
+    Located(Arc<ModelProfile>),
+    /// It will be served by this backend.
+    Elected(Elected),
+    /// It is ready.
+    Ready(Arc<ServedModel>),
+    /// It failed.
+    Failed(Arc<StartError>),
+}
+
+/// Who is told how far a start has come. Must return quickly.
+pub type Observer = Arc<dyn Fn(&StartStep) + Send + Sync>;
+
+/// Everything needed to start one model, as often as it takes.
+#[derive(Clone)]
+pub struct Starter {
+    /// The model as the user spelled it.
+    pub reference: String,
+    /// Finds it.
+    pub locate: Arc<dyn Locate>,
+    /// Who may serve it.
+    pub electorate: Arc<Electorate>,
+    /// The backend that has to serve it, if one was named.
+    pub forced: Option<String>,
+    /// Whether backends that have to be asked for may be elected unasked.
+    pub opt_in: bool,
+    /// Context asked for, in tokens.
+    pub context_tokens: Option<u32>,
+    /// Told about downloads and loads.
+    pub progress: ProgressSink,
+    /// Told about steps.
+    pub observer: Observer,
+}
+
+impl fmt::Debug for Starter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Starter").field("reference", &self.reference).field("forced", &self.forced).finish()
+    }
+}
+
+impl Starter {
+    /// The election this start asks for.
+    pub fn election_request(&self) -> ElectionRequest {
+        ElectionRequest { model: self.reference.clone(), forced: self.forced.clone(), opt_in: self.opt_in }
+    }
+
+    /// Gets the model ready. Dropping the future abandons the start.
+    pub async fn start(&self) -> Result<ServedModel, StartError> {
+        (self.observer)(&StartStep::Locating { reference: self.reference.clone() });
+        let profile = Arc::new(self.locate.locate(&self.progress).await?);
+        (self.observer)(&StartStep::Located(profile.clone()));
+
+        let (electorate, judged) = (self.electorate.clone(), profile.clone());
+        let votes = tokio::task::spawn_blocking(move || electorate.votes(&judged))
+            .await
+            .map_err(|_| StartError::Panicked { what: "asking the backends" })?;
+        let elected = votes.elect(&self.election_request())?;
+        let id = elected.backend.id;
+        for reason in &elected.offer.reasons {
+            tracing::debug!(backend = id, %reason, "elected");
+        }
+        (self.observer)(&StartStep::Elected(elected.clone()));
+
+        let family = self.electorate.family(&profile);
+        let voice = Voice::of(&profile, family)?;
+        let backend =
+            self.electorate.backend(id).ok_or(StartError::Panicked { what: "finding the elected backend" })?;
+        let plan = LoadPlan {
+            profile: profile.clone(),
+            family,
+            offer: elected.offer,
+            context_tokens: self.context_tokens,
+            settings: self.electorate.settings(id),
+        };
+        let handle = backend.load(plan, self.progress.clone()).await?;
+        tokio::task::spawn_blocking(move || ServedModel::new(profile, voice, handle))
+            .await
+            .map_err(|_| StartError::Panicked { what: "reading the tokenizer" })?
+            .map_err(StartError::from)
+    }
+}

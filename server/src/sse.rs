@@ -1,0 +1,119 @@
+//! Answers as server-sent events.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Mutex,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt, stream};
+use mesh_text::Delta;
+use serde::Serialize;
+use warp::{
+    Reply,
+    http::{HeaderValue, header::CACHE_CONTROL},
+    reply::Response,
+    sse::Event,
+};
+
+use crate::{
+    error::ApiError,
+    openai::response::{ChatChunk, Envelope, TextCompletion},
+    pipeline::{AnswerStream, Part},
+};
+
+/// Silence after which a comment is sent, so that nobody in between takes the connection for dead.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Which API the events belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// `chat.completion.chunk`.
+    Chat,
+    /// `text_completion`.
+    Text,
+}
+
+/// A whole answer in events: chunks, the usage if asked for, `[DONE]`. An engine that fails underway ends it with an
+/// `error` event.
+pub fn reply(parts: AnswerStream, envelope: Envelope, shape: Shape, include_usage: bool) -> Response {
+    let first = (shape == Shape::Chat).then(|| data(&ChatChunk::role(&envelope)));
+    let rest = parts.flat_map(move |part| stream::iter(events(part, &envelope, shape, include_usage)));
+    let events = stream::iter(first).chain(rest).map(Ok::<_, Infallible>);
+    let kept_alive = warp::sse::keep_alive().interval(KEEP_ALIVE).stream(Exclusive::new(events));
+    let mut response = warp::sse::reply(kept_alive).into_response();
+    // no-transform and x-accel-buffering keep proxies from collecting events.
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
+    response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+fn events(
+    part: Result<Part, mesh_core::EngineError>,
+    envelope: &Envelope,
+    shape: Shape,
+    include_usage: bool,
+) -> Vec<Event> {
+    match part {
+        // Time passes while a prompt is read, which the comments of the keep-alive tell.
+        Ok(Part::Prefill { .. }) => Vec::new(),
+        Ok(Part::Delta(delta)) => match shape {
+            Shape::Chat => vec![data(&ChatChunk::delta(envelope, delta))],
+            Shape::Text => vec![data(&TextCompletion::delta(envelope, text(delta)))],
+        },
+        Ok(Part::Finished(finished)) => {
+            let mut events = match shape {
+                Shape::Chat => vec![data(&ChatChunk::finish(envelope, &finished))],
+                Shape::Text => vec![data(&TextCompletion::finish(envelope, &finished))],
+            };
+            if include_usage {
+                events.push(match shape {
+                    Shape::Chat => data(&ChatChunk::usage(envelope, &finished)),
+                    Shape::Text => data(&TextCompletion::usage(envelope, &finished)),
+                });
+            }
+            events.push(Event::default().data(" [DONE]"));
+            events
+        }
+        Err(error) => {
+            tracing::error!(answer = %envelope.id, %error, "an answer broke off");
+            vec![data(&ApiError::from(error).body()).event(" error")]
+        }
+    }
+}
+
+/// The text of a delta of a text completion, which has no dialect and thus no other deltas.
+pub(crate) fn text(delta: Delta) -> String {
+    match delta {
+        Delta::Content(text) | Delta::Reasoning(text) | Delta::Malformed { text } => text,
+        Delta::ToolCall { arguments, .. } => arguments,
+    }
+}
+
+/// The space after the colon is not part of the data, but many clients look for `data: `.
+fn data(value: &impl Serialize) -> Event {
+    // Serialization of our own types to a string has no way to fail.
+    Event::default().data(format!(" {}", serde_json::to_string(value).unwrap_or_default()))
+}
+
+/// Makes a stream `Sync`, which warp asks for, without locking: the stream is only ever reached exclusively.
+struct Exclusive<T>(Mutex<Pin<Box<dyn Stream<Item = T> + Send>>>);
+
+impl<T> Exclusive<T> {
+    fn new(stream: impl Stream<Item = T> + Send + 'static) -> Self {
+        Self(Mutex::new(Box::pin(stream)))
+    }
+}
+
+impl<T> Stream for Exclusive<T> {
+    type Item = T;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        match self.0.get_mut() {
+            Ok(stream) => stream.poll_next_unpin(cx),
+            Err(_) => Poll::Ready(None),
+        }
+    }
+}
