@@ -69,7 +69,8 @@ pub trait Dialect: Send + Sync {
 
     /// Tokens that the parser has to see in the text even where the tokenizer calls them special:
     /// [`DecoderOptions::keep`](crate::DecoderOptions::keep).
-    fn markers(&self) -> &'static [&'static str] {
+    fn markers(&self, context: &ParserContext) -> &'static [&'static str] {
+        let _ = context;
         &[]
     }
 }

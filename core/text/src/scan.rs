@@ -11,6 +11,7 @@ pub fn find_first<'m>(text: &str, markers: &[&'m str]) -> Option<(usize, &'m str
 pub fn settled_len(text: &str, markers: &[&str]) -> usize {
     let longest = markers.iter().map(|marker| marker.len()).max().unwrap_or(0);
     let from = (text.len() + 1).saturating_sub(longest);
-    let begins = |at: usize| markers.iter().any(|marker| marker.len() > text.len() - at && marker.starts_with(&text[at..]));
+    let begins =
+        |at: usize| markers.iter().any(|marker| marker.len() > text.len() - at && marker.starts_with(&text[at..]));
     (from..text.len()).find(|&at| text.is_char_boundary(at) && begins(at)).unwrap_or(text.len())
 }

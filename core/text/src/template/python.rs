@@ -17,7 +17,7 @@ pub fn install(environment: &mut Environment<'_>) {
     environment.set_formatter(format);
     environment.add_filter("string", string);
     environment.add_filter("trim", trim);
-    environment.add_test("iterable", |value: &Value| value.try_iter().is_ok());
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_test("sequence", |value: &Value| {
         let kinds = [ValueKind::Seq, ValueKind::Iterable, ValueKind::Map, ValueKind::String, ValueKind::Undefined];
         kinds.contains(&value.kind())
