@@ -193,9 +193,11 @@ pub enum ImportError {
         /// `general.architecture`.
         architecture: String,
     },
-    /// The rope factors are not those of a scaling that config.json can express.
-    #[error("rope_freqs.weight cannot be expressed in config.json: {what}")]
-    Rope {
+    /// Something in the header that config.json cannot express, or that is missing there.
+    #[error("`{key}` cannot be imported: {what}")]
+    Setting {
+        /// The metadata key or tensor.
+        key: String,
         /// Why.
         what: String,
     },
@@ -234,7 +236,7 @@ impl ImportError {
 impl Hint for ImportError {
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Architecture { .. } | Self::TensorType { .. } | Self::Rope { .. } | Self::Tokenizer { .. } => {
+            Self::Architecture { .. } | Self::TensorType { .. } | Self::Setting { .. } | Self::Tokenizer { .. } => {
                 Some("serve the GGUF itself with --gguf, or fetch the model's MLX weights and use --mlx".into())
             }
             Self::UnknownTensor { .. } => Some("serve the GGUF itself with --gguf".into()),

@@ -16,6 +16,8 @@ mod mirror;
 pub mod probe;
 pub mod reference;
 pub mod store;
+#[cfg(test)]
+mod testing;
 
 pub use error::{FetchError, ImportError};
 pub use import::{ImportReport, import_gguf};

@@ -68,6 +68,11 @@ impl Tensor {
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
     }
+
+    /// Number of rows: runs of the fastest dimension.
+    pub fn rows(&self) -> usize {
+        self.shape[1..].iter().product::<u64>() as usize
+    }
 }
 
 /// A GGUF, its header checked.

@@ -42,6 +42,7 @@ const TYPES: &[(u32, &str, u64, u64)] = &[
     (39, "MXFP4", 32, 17),
 ];
 
+#[allow(missing_docs)] // The names are the documentation.
 impl TensorType {
     pub const F32: Self = Self(0);
     pub const F16: Self = Self(1);

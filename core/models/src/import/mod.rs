@@ -1,22 +1,105 @@
 //! A GGUF into an MLX directory, without loss.
-use crate::error::ImportError;
-use mesh_core::ProgressSink;
-use std::path::Path;
+//!
+//! Blocks of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 become MLX's affine groups of 32: the codes stay what they are, scales
+//! and biases are kept in 32-bit floats, so that every weight keeps its value. Types that would have to be rounded are
+//! refused. The GGUF is memory-mapped and one tensor at a time is converted; the directory appears whole, by a rename.
 
-/// Counts up when imports change, so that old ones in the cache are made again.
-pub const VERSION: u32 = 1;
+mod config;
+mod repack;
+mod rope;
+mod tensors;
+mod tokenizer;
 
-/// What an import did.
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use mesh_core::{ProgressSink, Stage};
+use serde_json::Value;
+
+use crate::{error::ImportError, gguf::Gguf};
+
+/// Goes into the names of imported directories, so that a changed import is made again.
+pub(crate) const VERSION: u32 = 1;
+
+/// What an import made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImportReport {
-    /// Tensors of the GGUF.
-    pub tensors: usize,
-    /// Bytes of the safetensors file.
-    pub bytes: u64,
+    /// `general.architecture` of the GGUF.
+    pub architecture: String,
+    /// Tensors in the GGUF.
+    pub tensors_read: usize,
+    /// Tensors in the directory: a quantized one becomes codes, scales and biases.
+    pub tensors_written: usize,
+    /// Size of the directory's weights, in bytes.
+    pub weight_bytes: u64,
 }
 
-/// Imports.
+/// Imports `gguf` into the new directory `out`. Blocks; one tensor at a time is held in memory.
+///
+/// # Errors
+///
+/// Architectures other than llama, qwen2 and qwen3, K-quants and other types that do not repack without loss,
+/// tokenizers other than byte-level BPE, and an `out` that exists. Nothing is left behind.
 pub fn import_gguf(gguf: &Path, out: &Path, progress: &ProgressSink) -> Result<ImportReport, ImportError> {
-    let _ = (gguf, progress);
-    Err(ImportError::Exists { path: out.to_owned() })
+    if out.exists() {
+        return Err(ImportError::Exists { path: out.to_owned() });
+    }
+    let file = Gguf::open(gguf)?;
+    let model = config::Model::read(&file)?;
+    let outputs = tensors::plan(&file, &model)?;
+    let config = config::config(&file, &model, &outputs)?;
+    let generation_config = config::generation_config(&file);
+    let tokenizer = tokenizer::read(&file)?;
+
+    let parent = match out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).map_err(ImportError::io(parent))?;
+    let work = tempfile::Builder::new().prefix(".import-").tempdir_in(parent).map_err(ImportError::io(parent))?;
+    for (name, content) in [
+        ("config.json", &config),
+        ("generation_config.json", &generation_config),
+        ("tokenizer.json", &tokenizer.tokenizer),
+        ("tokenizer_config.json", &tokenizer.config),
+    ] {
+        write_json(&work.path().join(name), content)?;
+    }
+    let weights = work.path().join("model.safetensors");
+    let stage = Stage::Import { what: gguf.file_name().unwrap_or_default().to_string_lossy().into_owned() };
+    let (done, total) = (AtomicU64::new(0), outputs.len() as u64);
+    let tick = || {
+        let done = done.fetch_add(1, Ordering::Relaxed);
+        progress.report(&stage, done, Some(total));
+    };
+    let views = outputs.iter().map(|output| (output.name.as_str(), tensors::Ticking { output, tick: &tick }));
+    let metadata = [("format".to_owned(), "mlx".to_owned())].into();
+    safetensors::serialize_to_file(views, Some(metadata), &weights)
+        .map_err(|error| ImportError::Io { path: weights.clone(), source: std::io::Error::other(error) })?;
+    let weight_bytes = fs::metadata(&weights).map_err(ImportError::io(&weights))?.len();
+    match fs::rename(work.path(), out) {
+        Ok(()) => {}
+        Err(_) if out.exists() => return Err(ImportError::Exists { path: out.to_owned() }),
+        Err(source) => return Err(ImportError::Io { path: out.to_owned(), source }),
+    }
+    // It has another name now; there is nothing to remove.
+    let _ = work.keep();
+    progress.report(&stage, total, Some(total));
+    Ok(ImportReport {
+        architecture: model.architecture.name.to_owned(),
+        tensors_read: file.tensors.len(),
+        tensors_written: outputs.len(),
+        weight_bytes,
+    })
 }
+
+fn write_json(path: &Path, content: &Value) -> Result<(), ImportError> {
+    let text = format!("{content:#}\n");
+    fs::write(path, text).map_err(ImportError::io(path))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,217 @@
+//! Which tensors an import writes, and what is in them.
+
+use std::{borrow::Cow, collections::BTreeSet};
+
+use safetensors::{Dtype, View};
+
+use super::{
+    config::Model,
+    repack::{Block, GROUP, pack},
+};
+use crate::{
+    error::ImportError,
+    gguf::{Gguf, Tensor, TensorType},
+};
+
+/// A tensor to be written.
+#[derive(Debug)]
+pub(super) struct Output<'a> {
+    pub name: String,
+    pub dtype: Dtype,
+    /// The slowest dimension first.
+    pub shape: Vec<usize>,
+    /// Rows of the GGUF's tensor.
+    rows: &'a [u8],
+    row_bytes: usize,
+    /// Rows of one head, where they have to be put back in order.
+    permuted: Option<usize>,
+    part: Part,
+}
+
+/// What of the source an output holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Whole,
+    Codes(Block),
+    Scales(Block),
+    Biases(Block),
+}
+
+impl Output<'_> {
+    /// The module and the bits of its codes, if this is a quantized weight.
+    pub fn quantized(&self) -> Option<(&str, usize)> {
+        match self.part {
+            Part::Codes(block) => Some((self.name.strip_suffix(".weight")?, block.bits())),
+            _ => None,
+        }
+    }
+
+    /// The source's rows in the order of the output.
+    fn ordered(&self) -> impl Iterator<Item = &[u8]> {
+        let count = self.rows.len() / self.row_bytes;
+        (0..count).map(move |row| {
+            let from = self.permuted.map_or(row, |head| unpermuted(row, head));
+            &self.rows[from * self.row_bytes..(from + 1) * self.row_bytes]
+        })
+    }
+
+    fn content(&self) -> Cow<'_, [u8]> {
+        if self.part == Part::Whole && self.permuted.is_none() {
+            return Cow::Borrowed(self.rows);
+        }
+        let mut out = Vec::with_capacity(self.bytes());
+        for row in self.ordered() {
+            match self.part {
+                Part::Whole => out.extend_from_slice(row),
+                Part::Codes(block) => {
+                    row.chunks_exact(block.bytes()).for_each(|b| pack(&block.read(b).codes, block.bits(), &mut out));
+                }
+                Part::Scales(block) => {
+                    row.chunks_exact(block.bytes()).for_each(|b| out.extend(block.read(b).scale.to_le_bytes()));
+                }
+                Part::Biases(block) => {
+                    row.chunks_exact(block.bytes()).for_each(|b| out.extend(block.read(b).bias.to_le_bytes()));
+                }
+            }
+        }
+        Cow::Owned(out)
+    }
+
+    fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// Where llama.cpp put row `row` of a head of `head` rows: it interleaves the two halves that rotate together.
+fn unpermuted(row: usize, head: usize) -> usize {
+    let (first, within) = (row - row % head, row % head);
+    let (half, pair) = (within / (head / 2), within % (head / 2));
+    first + 2 * pair + half
+}
+
+/// An output that tells when it is written.
+pub(super) struct Ticking<'a, F: Fn()> {
+    pub output: &'a Output<'a>,
+    pub tick: &'a F,
+}
+
+impl<F: Fn()> View for Ticking<'_, F> {
+    fn dtype(&self) -> Dtype {
+        self.output.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.output.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        (self.tick)();
+        self.output.content()
+    }
+
+    fn data_len(&self) -> usize {
+        self.output.bytes()
+    }
+}
+
+/// Every tensor of the GGUF as outputs; one that has no place, or cannot be repacked, is an error.
+pub(super) fn plan<'a, D: AsRef<[u8]>>(gguf: &'a Gguf<D>, model: &Model) -> Result<Vec<Output<'a>>, ImportError> {
+    let mut outputs = Vec::new();
+    let mut seen = BTreeSet::new();
+    for tensor in gguf.tensors.iter().filter(|tensor| tensor.name != super::rope::FACTORS) {
+        let Some((module, leaf)) = rename(&tensor.name, model) else {
+            return Err(ImportError::UnknownTensor {
+                tensor: tensor.name.clone(),
+                architecture: model.architecture.name.to_owned(),
+            });
+        };
+        if !seen.insert(&tensor.name) {
+            return Err(setting(&tensor.name, "it is there twice"));
+        }
+        let permuted = permuted(tensor, &module, model)?;
+        let rows = gguf.tensor_data(tensor).ok_or_else(|| refused(tensor))?;
+        let sizes: Option<Vec<usize>> = tensor.shape.iter().rev().map(|size| usize::try_from(*size).ok()).collect();
+        let Some(shape) = sizes.filter(|shape| shape.len() <= 2) else {
+            return Err(setting(&tensor.name, "it has more than two dimensions"));
+        };
+        let count = if shape.len() == 1 && permuted.is_some() { shape[0] } else { tensor.rows() };
+        let row_bytes = rows.len() / count;
+        let output = |name: String, dtype, shape, part| Output { name, dtype, shape, rows, row_bytes, permuted, part };
+        let dtype = match tensor.kind {
+            TensorType::F32 => Some(Dtype::F32),
+            TensorType::F16 => Some(Dtype::F16),
+            TensorType::BF16 => Some(Dtype::BF16),
+            _ => None,
+        };
+        if let Some(dtype) = dtype {
+            outputs.push(output(format!("{module}.{leaf}"), dtype, shape, Part::Whole));
+            continue;
+        }
+        let block = Block::of(tensor.kind).filter(|_| leaf == "weight" && shape.len() == 2);
+        let Some(block) = block else { return Err(refused(tensor)) };
+        let (out, groups) = (shape[0], shape[1] / GROUP);
+        let codes = vec![out, groups * block.bits()];
+        outputs.push(output(format!("{module}.weight"), Dtype::U32, codes, Part::Codes(block)));
+        outputs.push(output(format!("{module}.scales"), Dtype::F32, vec![out, groups], Part::Scales(block)));
+        outputs.push(output(format!("{module}.biases"), Dtype::F32, vec![out, groups], Part::Biases(block)));
+    }
+    Ok(outputs)
+}
+
+fn refused(tensor: &Tensor) -> ImportError {
+    ImportError::TensorType { tensor: tensor.name.clone(), kind: tensor.kind.to_string(), known: Block::NAMES.to_vec() }
+}
+
+fn setting(key: &str, what: impl Into<String>) -> ImportError {
+    ImportError::Setting { key: key.to_owned(), what: what.into() }
+}
+
+/// The rows of a head, for the tensors whose rows llama.cpp reorders.
+fn permuted(tensor: &Tensor, module: &str, model: &Model) -> Result<Option<usize>, ImportError> {
+    let heads = match module.rsplit('.').next() {
+        Some("q_proj") => model.heads,
+        Some("k_proj") => model.kv_heads,
+        _ => return Ok(None),
+    };
+    let rows = tensor.shape.last().copied().unwrap_or(0);
+    let expected = u64::from(heads) * u64::from(model.head_dim);
+    if rows != expected {
+        return Err(setting(&tensor.name, format!("it has {rows} rows; {heads} heads have {expected}")));
+    }
+    Ok(model.architecture.permuted.then_some(model.head_dim as usize))
+}
+
+/// Module and leaf that a GGUF tensor is called in a checkpoint.
+fn rename(name: &str, model: &Model) -> Option<(String, &'static str)> {
+    let (stem, leaf) = match name.rsplit_once('.')? {
+        (stem, "weight") => (stem, "weight"),
+        (stem, "bias") => (stem, "bias"),
+        _ => return None,
+    };
+    let top = match stem {
+        "token_embd" => Some("model.embed_tokens"),
+        "output_norm" => Some("model.norm"),
+        "output" => Some("lm_head"),
+        _ => None,
+    };
+    if let Some(top) = top {
+        return (leaf == "weight").then(|| (top.to_owned(), leaf));
+    }
+    let (layer, part) = stem.strip_prefix("blk.")?.split_once('.')?;
+    let layer: u32 = layer.parse().ok().filter(|layer| *layer < model.layers)?;
+    let (part, may_bias) = match part {
+        "attn_norm" => ("input_layernorm", false),
+        "ffn_norm" => ("post_attention_layernorm", false),
+        "attn_q" => ("self_attn.q_proj", true),
+        "attn_k" => ("self_attn.k_proj", true),
+        "attn_v" => ("self_attn.v_proj", true),
+        "attn_output" => ("self_attn.o_proj", model.architecture.bias_everywhere),
+        "attn_q_norm" if model.architecture.head_norms => ("self_attn.q_norm", false),
+        "attn_k_norm" if model.architecture.head_norms => ("self_attn.k_norm", false),
+        "ffn_gate" => ("mlp.gate_proj", model.architecture.bias_everywhere),
+        "ffn_up" => ("mlp.up_proj", model.architecture.bias_everywhere),
+        "ffn_down" => ("mlp.down_proj", model.architecture.bias_everywhere),
+        _ => return None,
+    };
+    (leaf == "weight" || may_bias).then(|| (format!("model.layers.{layer}.{part}"), leaf))
+}

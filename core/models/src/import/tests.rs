@@ -1,0 +1,293 @@
+use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
+
+use half::f16;
+use proptest::prelude::*;
+use safetensors::{Dtype, SafeTensors};
+
+use super::{repack::*, *};
+use crate::testing::{GgufWriter, golden};
+
+const TEXTS: &[&str] = &[
+    "",
+    "The capital of France is Paris.",
+    "  two  spaces\n\n\tand tabs \r\n",
+    "I'll say it's 12345 and 3.14 — 100%!",
+    "<|im_start|>user\nhi<|im_end|>\n<think>\n</think><tool_call>{}</tool_call>",
+    "Grüße, 你好, привет, नमस्ते, 👩‍👩‍👧 e\u{301}",
+    "fn main() { println!(\"{:?}\", x[0]); }",
+];
+
+fn import(gguf: &Path) -> (tempfile::TempDir, PathBuf, ImportReport) {
+    let root = tempfile::tempdir().unwrap();
+    let out = root.path().join("imported");
+    let report = import_gguf(gguf, &out, &ProgressSink::silent()).unwrap();
+    let left: Vec<_> = fs::read_dir(root.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left, ["imported"], "temporary directories are cleaned up");
+    (root, out, report)
+}
+
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn tensors(path: &Path) -> Tensors {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let owned = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+        (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+    };
+    file.tensors().into_iter().map(owned).collect()
+}
+
+fn json(path: PathBuf) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn golden_ggufs_give_back_the_checkpoint() {
+    let Some(golden) = golden("golden_ggufs_give_back_the_checkpoint") else { return };
+    for name in ["llama", "llama_untied", "qwen2", "qwen3"] {
+        let original = golden.join(name);
+        let (_root, out, report) = import(&original.join("model.gguf"));
+        let (expected, actual) =
+            (tensors(&original.join("model.safetensors")), tensors(&out.join("model.safetensors")));
+        assert_eq!(expected.keys().collect::<Vec<_>>(), actual.keys().collect::<Vec<_>>(), "{name}");
+        for (tensor, content) in &expected {
+            assert!(content == &actual[tensor], "{name}: {tensor} differs");
+        }
+        assert_eq!(report.tensors_written, expected.len());
+        assert_eq!(report.architecture, name.split('_').next().unwrap());
+
+        let (expected, actual) = (json(original.join("config.json")), json(out.join("config.json")));
+        for (key, value) in actual.as_object().unwrap() {
+            if let Some(expected) = expected.get(key) {
+                assert_eq!(value, expected, "{name}: {key}");
+            } else {
+                assert!(["head_dim", "rope_scaling", "pad_token_id"].contains(&key.as_str()), "{name}: {key}");
+            }
+        }
+        for key in ["rope_theta", "rms_norm_eps", "tie_word_embeddings", "vocab_size", "eos_token_id"] {
+            assert_eq!(actual[key], expected[key], "{name}: {key}");
+        }
+        assert_eq!(json(out.join("generation_config.json")), json(original.join("generation_config.json")), "{name}");
+        let (expected, actual) =
+            (json(original.join("tokenizer_config.json")), json(out.join("tokenizer_config.json")));
+        for key in ["eos_token", "chat_template", "add_bos_token"] {
+            assert_eq!(actual[key], expected[key], "{name}: {key}");
+        }
+    }
+}
+
+#[test]
+fn imported_tokenizers_encode_alike() {
+    let Some(golden) = golden("imported_tokenizers_encode_alike") else { return };
+    for name in ["llama", "qwen3"] {
+        let original = golden.join(name);
+        let (_root, out, _) = import(&original.join("model.gguf"));
+        let load = |directory: &Path| tokenizers::Tokenizer::from_file(directory.join("tokenizer.json")).unwrap();
+        let (expected, actual) = (load(&original), load(&out));
+        for text in TEXTS {
+            let ids = |tokenizer: &tokenizers::Tokenizer| tokenizer.encode(*text, true).unwrap().get_ids().to_vec();
+            assert_eq!(ids(&actual), ids(&expected), "{text:?}");
+            let back = actual.decode(&ids(&actual), false).unwrap();
+            assert_eq!(back, *text);
+        }
+    }
+}
+
+/// A GGUF of architecture llama with one layer, `heads` heads of 4 and a vocabulary of ten tokens.
+fn tiny(pre: &str) -> GgufWriter {
+    let floats = |count: usize| (0..count).flat_map(|i| (i as f32).to_le_bytes()).collect::<Vec<u8>>();
+    GgufWriter::new("llama")
+        .number("llama.block_count", 1)
+        .number("llama.context_length", 128)
+        .number("llama.embedding_length", 32)
+        .number("llama.feed_forward_length", 32)
+        .number("llama.attention.head_count", 4)
+        .number("llama.attention.head_count_kv", 2)
+        .float("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        .text("tokenizer.ggml.model", "gpt2")
+        .text("tokenizer.ggml.pre", pre)
+        .texts("tokenizer.ggml.tokens", &["<s>", "a", "b", "1", "2", "ab", "12", "Ġ", "Ġa", "[PAD]"])
+        .numbers("tokenizer.ggml.token_type", &[3, 1, 1, 1, 1, 1, 1, 1, 1, 5])
+        .texts("tokenizer.ggml.merges", &["a b", "1 2", "Ġ a"])
+        .number("tokenizer.ggml.bos_token_id", 0)
+        .tensor("token_embd.weight", &[32, 10], 0, floats(320))
+        .tensor("output_norm.weight", &[32], 0, floats(32))
+}
+
+fn written(writer: &GgufWriter) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), writer.finish()).unwrap();
+    file
+}
+
+fn refusal(writer: &GgufWriter) -> ImportError {
+    let (file, root) = (written(writer), tempfile::tempdir().unwrap());
+    let error = import_gguf(file.path(), &root.path().join("out"), &ProgressSink::silent()).unwrap_err();
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0, "nothing is left behind");
+    error
+}
+
+fn encode(pre: &str, text: &str) -> Vec<u32> {
+    let (_root, out, _) = import(written(&tiny(pre)).path());
+    let tokenizer = tokenizers::Tokenizer::from_file(out.join("tokenizer.json")).unwrap();
+    tokenizer.encode(text, true).unwrap().get_ids().to_vec()
+}
+
+#[test]
+fn pre_tokenizers_cut_as_named() {
+    assert_eq!(encode("gpt-2", "ab12 a"), [5, 6, 8]);
+    assert_eq!(encode("smollm", "ab12 a"), [5, 3, 4, 8], "digits stand alone");
+    assert_eq!(encode("qwen2", "ab12 a"), [5, 3, 4, 8], "digits stand alone");
+    assert_eq!(encode("llama-bpe", "ab12 a"), [0, 5, 6, 8], "up to three digits; begins with <s>");
+    assert_eq!(encode("gpt-2", "a<s>b"), [1, 0, 2]);
+}
+
+/// What GGUF's blocks mean, from their definition and not from the code under test.
+fn dequantized(kind: u32, block: &[u8]) -> Vec<f32> {
+    let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    let nibble = |at: usize, i: usize| i32::from(if i < 16 { block[at + i] % 16 } else { block[at + i - 16] / 16 });
+    let fifth = |at: usize, i: usize| i32::from(block[at + i / 8] >> (i % 8) & 1) * 16;
+    let value = |i: usize| match kind {
+        2 => (nibble(2, i) - 8) as f32 * half(0),
+        3 => nibble(4, i) as f32 * half(0) + half(2),
+        6 => (nibble(6, i) + fifth(2, i) - 16) as f32 * half(0),
+        7 => (nibble(8, i) + fifth(4, i)) as f32 * half(0) + half(2),
+        8 => f32::from(block[2 + i] as i8) * half(0),
+        _ => unreachable!(),
+    };
+    (0..32).map(value).collect()
+}
+
+/// What MLX's affine groups mean: code `i` is at bits `bits * i` of the row's little-endian bit string.
+fn affine(codes: &[u8], bits: usize, scales: &[u8], biases: &[u8]) -> Vec<f32> {
+    let float = |bytes: &[u8], at: usize| f32::from_le_bytes(bytes[4 * at..4 * at + 4].try_into().unwrap());
+    let bit = |at: usize| u32::from(codes[at / 8] >> (at % 8) & 1);
+    let code = |i: usize| (0..bits).map(|b| bit(i * bits + b) << b).sum::<u32>();
+    let count = codes.len() * 8 / bits;
+    (0..count).map(|i| code(i) as f32 * float(scales, i / 32) + float(biases, i / 32)).collect()
+}
+
+const KINDS: [(u32, usize, usize); 5] = [(2, 18, 4), (3, 20, 4), (6, 22, 5), (7, 24, 5), (8, 34, 8)];
+
+fn scaled(bytes: &mut [u8], kind: u32) {
+    // Finite, and of the size that scales have.
+    for at in (0..if [3, 7].contains(&kind) { 4 } else { 2 }).step_by(2) {
+        let half = f16::from_f32(f32::from(i16::from_le_bytes([bytes[at], bytes[at + 1]])) / 4096.0);
+        bytes[at..at + 2].copy_from_slice(&half.to_le_bytes());
+    }
+}
+
+proptest! {
+    #[test]
+    fn blocks_keep_every_value(mut bytes in proptest::collection::vec(any::<u8>(), 34), which in 0..5usize) {
+        let (kind, size, bits) = KINDS[which];
+        bytes.truncate(size);
+        scaled(&mut bytes, kind);
+        let block = Block::of(crate::gguf::TensorType(kind)).unwrap();
+        prop_assert_eq!((block.bytes(), block.bits()), (size, bits));
+        let group = block.read(&bytes);
+        let mut packed = Vec::new();
+        pack(&group.codes, bits, &mut packed);
+        prop_assert_eq!(packed.len(), 4 * bits);
+        let values = affine(&packed, bits, &group.scale.to_le_bytes(), &group.bias.to_le_bytes());
+        prop_assert_eq!(values, dequantized(kind, &bytes));
+    }
+}
+
+#[test]
+fn quantized_files_keep_every_value_and_their_rows() {
+    for (kind, size, bits) in KINDS {
+        // Two groups a row; q is permuted, down is not.
+        let content = |rows: usize, seed: usize| {
+            let mut bytes: Vec<u8> = (0..rows * 2 * size).map(|i| (i * 31 + seed * 17 + i / 7) as u8).collect();
+            bytes.chunks_exact_mut(size).for_each(|block| scaled(block, kind));
+            bytes
+        };
+        let (q, down) = (content(32, 1), content(5, 2));
+        let mut writer = tiny("gpt-2").tensor("blk.0.attn_q.weight", &[64, 32], kind, q.clone()).tensor(
+            "blk.0.ffn_down.weight",
+            &[64, 5],
+            kind,
+            down.clone(),
+        );
+        // An embedding with other bits than the rest.
+        writer.tensors[0] = ("token_embd.weight".into(), vec![32, 10], 8, vec![1; 340]);
+        let (_root, out, _) = import(written(&writer).path());
+        let tensors = tensors(&out.join("model.safetensors"));
+        let values = |module: &str| {
+            let of = |leaf: &str| &tensors[&format!("{module}.{leaf}")];
+            assert_eq!(of("weight").0, Dtype::U32);
+            assert_eq!(of("weight").1[1], 2 * bits);
+            assert_eq!(of("scales").1, [of("weight").1[0], 2]);
+            affine(&of("weight").2, bits, &of("scales").2, &of("biases").2)
+        };
+        let reference = |bytes: &[u8]| bytes.chunks_exact(size).flat_map(|b| dequantized(kind, b)).collect::<Vec<_>>();
+        assert_eq!(values("model.layers.0.mlp.down_proj"), reference(&down));
+        // llama.cpp: (heads, 2, head_dim / 2) of the checkpoint stored as (heads, head_dim / 2, 2); heads of 8 here.
+        let rows: Vec<Vec<f32>> = reference(&q).chunks(64).map(<[f32]>::to_vec).collect();
+        let order = |row: usize| (row / 8) * 8 + (row % 4) * 2 + (row % 8) / 4;
+        let expected: Vec<f32> = (0..32).flat_map(|row| rows[order(row)].clone()).collect();
+        assert_eq!(values("model.layers.0.self_attn.q_proj"), expected);
+
+        let config = json(out.join("config.json"));
+        if bits == 8 {
+            assert_eq!(config["quantization"], serde_json::json!({ "group_size": 32, "bits": 8, "mode": "affine" }));
+        } else {
+            assert_eq!(config["quantization"]["bits"], bits);
+            assert_eq!(
+                config["quantization"]["model.embed_tokens"],
+                serde_json::json!({ "group_size": 32, "bits": 8 })
+            );
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_imported_is_refused_by_name() {
+    let mut other = tiny("gpt-2");
+    other.entries[0] = GgufWriter::new("gemma3").entries[0].clone();
+    assert!(matches!(refusal(&other), ImportError::Architecture { architecture, .. } if architecture == "gemma3"));
+
+    let q4_k = tiny("gpt-2").tensor("blk.0.ffn_up.weight", &[256, 1], 12, vec![0; 144]);
+    let error = refusal(&q4_k);
+    assert_eq!(
+        error.to_string(),
+        "tensor `blk.0.ffn_up.weight` is Q4_K, which cannot be repacked without loss; these types can: F32, F16, BF16, \
+         Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
+    );
+    let strange = tiny("gpt-2").tensor("blk.0.ffn_gate_exps.weight", &[32], 0, vec![0; 128]);
+    assert!(matches!(refusal(&strange), ImportError::UnknownTensor { .. }));
+    let beyond = tiny("gpt-2").tensor("blk.1.ffn_up.weight", &[32], 0, vec![0; 128]);
+    assert!(matches!(refusal(&beyond), ImportError::UnknownTensor { .. }));
+    let rows = tiny("gpt-2").tensor("blk.0.attn_k.weight", &[32, 12], 0, vec![0; 1536]);
+    assert!(matches!(refusal(&rows), ImportError::Setting { .. }));
+    assert!(matches!(
+        refusal(&tiny("gpt-2").float("llama.rope.scaling.factor", 2.0).text("llama.rope.scaling.type", "yarn")),
+        ImportError::Setting { .. }
+    ));
+    assert!(matches!(refusal(&tiny("gpt-2").number("llama.attention.sliding_window", 8)), ImportError::Setting { .. }));
+    assert!(matches!(refusal(&tiny("tekken")), ImportError::Tokenizer { .. }));
+    let twice = tiny("gpt-2").tensor("output_norm.weight", &[32], 0, vec![0; 128]);
+    assert!(matches!(refusal(&twice), ImportError::Setting { .. }));
+    let factors =
+        tiny("gpt-2").tensor("rope_freqs.weight", &[4], 0, [1f32, 5.0, 2.0, 9.0].map(f32::to_le_bytes).concat());
+    assert!(matches!(refusal(&factors), ImportError::Setting { .. }));
+}
+
+#[test]
+fn an_existing_directory_is_left_alone() {
+    let (file, root) = (written(&tiny("gpt-2")), tempfile::tempdir().unwrap());
+    let error = import_gguf(file.path(), root.path(), &ProgressSink::silent()).unwrap_err();
+    assert!(matches!(error, ImportError::Exists { .. }));
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn progress_counts_up_to_the_total() {
+    let (file, root) = (written(&tiny("gpt-2")), tempfile::tempdir().unwrap());
+    let reports = std::sync::Arc::new(Mutex::new(Vec::new()));
+    let seen = reports.clone();
+    let sink = ProgressSink::new(move |progress| seen.lock().unwrap().push((progress.done, progress.total)));
+    import_gguf(file.path(), &root.path().join("out"), &sink).unwrap();
+    assert_eq!(*reports.lock().unwrap(), [(0, Some(2)), (1, Some(2)), (2, Some(2))]);
+}
