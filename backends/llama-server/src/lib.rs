@@ -1,1 +1,39 @@
-//! mesh-backend-llama-server
+//! llama.cpp's `llama-server` as a managed child process behind the contracts of `mesh-core`.
+//!
+//! The life of a model here: [`settings`] are read, the binary is found ([`mod@find`]) or installed ([`mod@install`]), the model is
+//! judged from its header alone (`judge`), and the child is started (`child`, `launch`), waited for and talked to over
+//! loopback HTTP (`client`, `wire`). `engine` turns one HTTP stream into the events every engine speaks.
+//!
+//! Invariants:
+//! - The child never outlives us. It is in a process group of its own and is killed when its engine is dropped; on Linux
+//!   the kernel kills it even if we are killed by SIGKILL.
+//! - The child's defaults never leak into an answer: every sampling parameter is sent, and `LLAMA_ARG_*` variables are
+//!   not handed down.
+//! - Everything the child says is bounded before it is kept: log lines, log length, events, error bodies.
+//! - An open stream always ends: with `Finished`, or with an error that names the cause.
+
+mod argv;
+mod backend;
+mod child;
+mod client;
+mod engine;
+pub mod find;
+#[cfg(test)]
+#[path = "../tests/support/fixture.rs"]
+mod fixture;
+pub mod install;
+mod judge;
+mod launch;
+mod log;
+mod memory;
+mod pins;
+pub mod settings;
+mod unpack;
+mod wire;
+
+pub use backend::{BACKEND, INFO, LlamaServer};
+pub use find::{Found, Origin};
+pub use install::{InstallError, InstallOptions, Installed, default_install_dir, install};
+pub use settings::Settings;
+
+mesh_core::register_backend!(&BACKEND);

@@ -1,0 +1,292 @@
+//! A running child as an engine: admission, one task for each job, and the end.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use mesh_core::{Capabilities, Engine, EngineError, EngineState, Event, EventStream, Job, Prompt, SubmitError};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    time::{sleep, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    child::{Ended, Process},
+    client::{Client, ClientError},
+    wire::Completion,
+};
+
+/// Events that may wait for a slow reader, for each job. A reader slower than that holds back its own job only.
+const EVENTS_BUFFERED_MAX: usize = 64;
+/// When a client that was told "busy" may try again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// How long the child has to end once asked to.
+const END_MAX: Duration = Duration::from_secs(5);
+/// How long the reason for a broken connection is waited for: the child's end is noticed a moment after its connections'.
+const REASON_MAX: Duration = Duration::from_secs(2);
+/// Lines of the child's log that a failure quotes.
+const LINES_QUOTED: usize = 8;
+
+/// A loaded model. Dropping it kills the child.
+pub(crate) struct LlamaEngine {
+    capabilities: Capabilities,
+    /// Entries in the vocabulary, where the child tells.
+    vocab_size: Option<u32>,
+    client: Client,
+    process: Arc<Process>,
+    state: Arc<watch::Sender<EngineState>>,
+    /// One permit for each job that is running or waiting.
+    seats: Arc<Semaphore>,
+    /// One permit for each job that is running. Waiting happens here and not in the child, so that silence means trouble.
+    slots: Arc<Semaphore>,
+    /// Cancels every job.
+    cancel: CancellationToken,
+    /// The child's end is ours.
+    stopping: Arc<AtomicBool>,
+}
+
+impl LlamaEngine {
+    /// An engine over a child that is ready. Has to be called inside a tokio runtime.
+    pub fn new(process: Process, client: Client, capabilities: Capabilities, vocab_size: Option<u32>) -> Self {
+        let seats = seats(&capabilities) as usize;
+        let slots = capabilities.requests_parallel_max as usize;
+        let (state, _) = watch::channel(EngineState::Ready);
+        let engine = Self {
+            capabilities,
+            vocab_size,
+            client,
+            process: Arc::new(process),
+            state: Arc::new(state),
+            seats: Arc::new(Semaphore::new(seats)),
+            slots: Arc::new(Semaphore::new(slots)),
+            cancel: CancellationToken::new(),
+            stopping: Arc::new(AtomicBool::new(false)),
+        };
+        let (ended, tail) = (engine.process.ended(), engine.process.tail.clone());
+        let (state, stopping) = (engine.state.clone(), engine.stopping.clone());
+        tokio::spawn(async move {
+            let Ended { status, .. } = ended.await;
+            if stopping.load(Ordering::SeqCst) {
+                state.send_replace(EngineState::Stopped);
+            } else {
+                let why = format!("llama-server exited with {status}; last lines: {}", tail.last(LINES_QUOTED));
+                tracing::error!("{why}");
+                state.send_replace(EngineState::Failed(why.into()));
+            }
+        });
+        engine
+    }
+
+    /// The child's process id.
+    #[cfg(test)]
+    pub fn pid(&self) -> u32 {
+        self.process.pid
+    }
+
+    fn admit(&self) -> Result<OwnedSemaphorePermit, SubmitError> {
+        let seat = self.seats.clone().try_acquire_owned();
+        // Looked at after the seat was taken: a drain that begins later waits for this seat.
+        match &*self.state.borrow() {
+            EngineState::Ready => {}
+            other => return Err(SubmitError::Gone { why: why(other) }),
+        }
+        seat.map_err(|_| SubmitError::Busy { running: seats(&self.capabilities), retry_after: RETRY_AFTER })
+    }
+
+    async fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
+        match prompt {
+            Prompt::Tokens(tokens) => Ok(tokens.clone()),
+            Prompt::Text { text, add_special } => match self.client.tokenize(text, *add_special).await {
+                Ok(tokens) => Ok(tokens),
+                Err(error) => Err(match reason(&self.state, &error).await {
+                    EngineError::Failed { what } => SubmitError::Gone { why: what },
+                    EngineError::Stopped => SubmitError::Gone { why: why(&EngineState::Stopped) },
+                }),
+            },
+        }
+    }
+
+    fn check(&self, job: &Job, prompt: &[u32]) -> Result<(), SubmitError> {
+        let max = self.capabilities.context_tokens_max;
+        if prompt.is_empty() {
+            return Err(SubmitError::Empty);
+        }
+        let length = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        if length >= max {
+            // A prompt that fills the context leaves no room for an answer.
+            return Err(SubmitError::TooLong { prompt: length, max });
+        }
+        if let Some(vocab_size) = self.vocab_size {
+            let ids = prompt.iter().chain(job.sampling.logit_bias.keys());
+            if let Some(id) = ids.copied().find(|id| *id >= vocab_size) {
+                return Err(SubmitError::UnknownToken { id, vocab_size });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LlamaEngine {
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.cancel.cancel();
+    }
+}
+
+fn seats(capabilities: &Capabilities) -> u32 {
+    capabilities.requests_parallel_max.saturating_add(capabilities.requests_queued_max)
+}
+
+fn why(state: &EngineState) -> Arc<str> {
+    match state {
+        EngineState::Failed(why) => why.clone(),
+        EngineState::Stopped => "it was stopped".into(),
+        EngineState::Draining => "it is stopping".into(),
+        EngineState::Starting | EngineState::Ready => "it is not ready".into(),
+    }
+}
+
+#[async_trait]
+impl Engine for LlamaEngine {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn state(&self) -> watch::Receiver<EngineState> {
+        self.state.subscribe()
+    }
+
+    async fn submit(&self, job: Job) -> Result<EventStream, SubmitError> {
+        let seat = self.admit()?;
+        if let Some(knob) = self.capabilities.lacking(&job).into_iter().next() {
+            return Err(SubmitError::Unsupported { knob });
+        }
+        let prompt = self.tokens(&job.prompt).await?;
+        self.check(&job, &prompt)?;
+        let body = Completion::new(&job, prompt, self.capabilities.context_tokens_max);
+        let (events, stream) = mpsc::channel(EVENTS_BUFFERED_MAX);
+        let running = Running {
+            client: self.client.clone(),
+            state: self.state.clone(),
+            slots: self.slots.clone(),
+            cancel: self.cancel.clone(),
+            events,
+        };
+        tokio::spawn(running.run(body, seat));
+        Ok(Box::pin(ReceiverStream::new(stream)))
+    }
+
+    async fn drain(&self, grace: Duration) {
+        let mut state = self.state.subscribe();
+        let mut begun = false;
+        self.state.send_if_modified(|state| {
+            begun = *state == EngineState::Ready;
+            if begun {
+                *state = EngineState::Draining;
+            }
+            begun
+        });
+        if begun {
+            // In a task of its own, so that it goes on if this future is dropped.
+            let (seats, total) = (self.seats.clone(), seats(&self.capabilities));
+            let (cancel, stopping, process) = (self.cancel.clone(), self.stopping.clone(), self.process.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = seats.acquire_many(total) => {}
+                    () = cancel.cancelled() => {}
+                    _ = process.ended() => return,
+                }
+                stopping.store(true, Ordering::SeqCst);
+                cancel.cancel();
+                process.stop(END_MAX).await;
+            });
+        }
+        tokio::select! {
+            _ = state.wait_for(EngineState::is_over) => return,
+            () = sleep(grace) => self.cancel.cancel(),
+        }
+        let _ = state.wait_for(EngineState::is_over).await;
+    }
+}
+
+/// One admitted job.
+struct Running {
+    client: Client,
+    state: Arc<watch::Sender<EngineState>>,
+    slots: Arc<Semaphore>,
+    cancel: CancellationToken,
+    events: mpsc::Sender<Result<Event, EngineError>>,
+}
+
+impl Running {
+    /// Runs it to its end. The seat and the slot are given back before the last event is sent, so that whoever reads that
+    /// event finds them free.
+    async fn run(self, body: Completion, seat: OwnedSemaphorePermit) {
+        let last = tokio::select! {
+            biased;
+            // Whoever asked is gone. Dropping the connection is what cancels the job in the child.
+            () = self.events.closed() => return,
+            () = self.cancel.cancelled() => Err(EngineError::Stopped),
+            last = self.stream(&body) => match last {
+                Ok(last) => Ok(last),
+                Err(error) => Err(reason(&self.state, &error).await),
+            },
+        };
+        drop(seat);
+        let _ = self.events.send(last).await;
+    }
+
+    /// Passes events on; returns the last one.
+    async fn stream(&self, body: &Completion) -> Result<Event, ClientError> {
+        let _slot = self.slots.acquire().await.map_err(|_| ClientError::CutOff)?;
+        let prompt_tokens = u32::try_from(body.prompt.len()).unwrap_or(u32::MAX);
+        let mut pieces = self.client.complete(body).await?;
+        let mut reported = 0;
+        loop {
+            let piece = pieces.next().await?;
+            if let Some(progress) = &piece.prompt_progress {
+                let total = progress.total.max(progress.processed);
+                self.pass(Event::Prefill { done: progress.processed, total }).await;
+            }
+            if !piece.content.is_empty() {
+                // Tokens whose text was held back, as half a character is, count with the piece that brings it.
+                let tokens = piece.tokens_predicted.saturating_sub(reported);
+                reported = reported.max(piece.tokens_predicted);
+                let text = piece.content.clone();
+                self.pass(Event::Text { text, tokens }).await;
+            }
+            if piece.stop == Some(true) {
+                let (reason, usage, timings) = piece.finish(prompt_tokens);
+                return Ok(Event::Finished { reason, usage, timings });
+            }
+        }
+    }
+
+    async fn pass(&self, event: Event) {
+        // A closed channel is noticed by `run`.
+        let _ = self.events.send(Ok(event)).await;
+    }
+}
+
+/// What to tell a client whose connection to the child broke: the reason of the engine's end if there is one.
+async fn reason(state: &watch::Sender<EngineState>, error: &ClientError) -> EngineError {
+    let failed = |what: Arc<str>| EngineError::Failed { what };
+    if matches!(error, ClientError::Refused { .. } | ClientError::Reported(_)) {
+        return failed(error.to_string().into());
+    }
+    let mut state = state.subscribe();
+    match timeout(REASON_MAX, state.wait_for(EngineState::is_over)).await {
+        Ok(Ok(over)) => match &*over {
+            EngineState::Failed(why) => failed(why.clone()),
+            _ => EngineError::Stopped,
+        },
+        _ => failed(error.to_string().into()),
+    }
+}
