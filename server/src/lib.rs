@@ -5,11 +5,13 @@
 //! - [`openai`]: the wire format.
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
 //! - [`pipeline`]: the walk of a request.
+//! - [`measure`]: how fast an engine is.
 //! - [`slots`], [`served`], [`voting`]: models, from a name to something that answers.
 
 pub mod body;
 pub mod error;
 pub mod listen;
+pub mod measure;
 pub mod openai;
 pub mod pipeline;
 pub mod routes;

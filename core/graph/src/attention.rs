@@ -80,6 +80,27 @@ impl Attention {
         })
     }
 
+    pub(crate) fn spec(&self) -> &AttentionSpec {
+        &self.spec
+    }
+
+    pub(crate) fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    pub(crate) fn rope(&self) -> &Rope {
+        &self.rope
+    }
+
+    pub(crate) fn norms(&self) -> Option<(&RmsNorm, &RmsNorm)> {
+        self.q_norm.as_ref().zip(self.k_norm.as_ref())
+    }
+
+    /// q, k, v and o.
+    pub(crate) fn projections(&self) -> [&Linear; 4] {
+        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj]
+    }
+
     /// `[batch, time, hidden]` to the same, continuing what `cache` holds.
     pub fn forward(&self, x: &Array, cache: &mut LayerCache) -> Result<Array, Exception> {
         let (batch, time) = (x.dim(0), x.dim(1));

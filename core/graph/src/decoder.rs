@@ -7,6 +7,7 @@ use crate::{
     cache::LayerCache,
     config::DecoderConfig,
     ffi,
+    kernels::layer::{FusedHead, FusedLayer},
     linear::{Bias, Embedding, Linear},
     mlp::SwiGlu,
     model::{CausalModel, GraphError, Rows},
@@ -21,6 +22,8 @@ pub struct Layer {
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
     mlp: SwiGlu,
+    /// For one token on CUDA, where the kernels support the layer.
+    fused: Option<FusedLayer>,
 }
 
 impl Layer {
@@ -32,21 +35,23 @@ impl Layer {
         attention: AttentionSpec,
     ) -> Result<Self, GraphError> {
         let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
-        Ok(Self {
-            input_layernorm: RmsNorm::new(weights, &format!("{name}.input_layernorm"), hidden, eps)?,
-            self_attn: Attention::new(weights, &format!("{name}.self_attn"), attention)?,
-            post_attention_layernorm: RmsNorm::new(weights, &format!("{name}.post_attention_layernorm"), hidden, eps)?,
-            mlp: SwiGlu::new(
-                weights,
-                &format!("{name}.mlp"),
-                hidden,
-                config.intermediate_size,
-                config.mlp_bias.into(),
-            )?,
-        })
+        let input_layernorm = RmsNorm::new(weights, &format!("{name}.input_layernorm"), hidden, eps)?;
+        let self_attn = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
+        let post_attention_layernorm = RmsNorm::new(weights, &format!("{name}.post_attention_layernorm"), hidden, eps)?;
+        let (inner, bias) = (config.intermediate_size, config.mlp_bias.into());
+        let mlp = SwiGlu::new(weights, &format!("{name}.mlp"), hidden, inner, bias)?;
+        let fused = match weights.placement().fused() {
+            true => FusedLayer::new(&input_layernorm, &self_attn, &post_attention_layernorm, &mlp)?,
+            false => None,
+        };
+        Ok(Self { input_layernorm, self_attn, post_attention_layernorm, mlp, fused })
     }
 
-    fn forward(&self, x: &Array, cache: &mut LayerCache) -> Result<Array, Exception> {
+    /// `offset` is the cache's length as an array, given for single tokens.
+    fn forward(&self, x: &Array, cache: &mut LayerCache, offset: Option<&Array>) -> Result<Array, Exception> {
+        if let (Some(fused), Some(offset)) = (&self.fused, offset) {
+            return fused.forward(x, &self.self_attn, cache, offset);
+        }
         let x = x.add(self.self_attn.forward(&self.input_layernorm.forward(x)?, cache)?)?;
         x.add(self.mlp.forward(&self.post_attention_layernorm.forward(&x)?)?)
     }
@@ -60,6 +65,8 @@ pub struct Decoder {
     norm: RmsNorm,
     /// Absent where the embedding is the head.
     lm_head: Option<Linear>,
+    /// Norm and head for one token on CUDA.
+    fused_head: Option<FusedHead>,
     vocab_size: i32,
 }
 
@@ -88,7 +95,11 @@ impl Decoder {
         } else {
             Some(Linear::new(weights, "lm_head", vocab, hidden, Bias::No)?)
         };
-        Ok(Self { embed_tokens, layers, norm, lm_head, vocab_size: vocab })
+        let fused_head = match weights.placement().fused() {
+            true => FusedHead::new(&norm, lm_head.as_ref(), &embed_tokens)?,
+            false => None,
+        };
+        Ok(Self { embed_tokens, layers, norm, lm_head, fused_head, vocab_size: vocab })
     }
 }
 
@@ -112,8 +123,18 @@ impl DecoderConfig {
 impl CausalModel for Decoder {
     fn forward(&self, tokens: &Array, cache: &mut [LayerCache], rows: Rows) -> Result<Array, Exception> {
         let mut x = self.embed_tokens.forward(tokens)?;
+        let single = x.dim(0) * x.dim(1) == 1;
+        let offset = match cache.first() {
+            Some(first) if single && self.layers.iter().any(|layer| layer.fused.is_some()) => {
+                Some(Array::from_slice(&[first.len()], &[1]))
+            }
+            _ => None,
+        };
         for (layer, cache) in self.layers.iter().zip(cache) {
-            x = layer.forward(&x, cache)?;
+            x = layer.forward(&x, cache, offset.as_ref())?;
+        }
+        if let (Some(head), true) = (&self.fused_head, single) {
+            return head.forward(&x);
         }
         if rows == Rows::Last && x.dim(1) > 1 {
             x = ffi::slice(&x, [0, x.dim(1) - 1, 0], [x.dim(0), x.dim(1), x.dim(2)])?;

@@ -12,6 +12,7 @@ pub mod config;
 pub mod decoder;
 pub mod family;
 pub mod ffi;
+mod kernels;
 pub mod linear;
 pub mod memory;
 pub mod mlp;

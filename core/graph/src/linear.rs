@@ -62,7 +62,7 @@ impl Linear {
     }
 
     /// The packed weight, for kernels of our own.
-    pub fn packed(&self) -> Option<&ffi::Packed> {
+    pub(crate) fn packed(&self) -> Option<&ffi::Packed> {
         match &self.weight {
             LinearWeight::Packed(packed) => Some(packed),
             LinearWeight::Plain(_) => None,
@@ -70,7 +70,7 @@ impl Linear {
     }
 
     /// The bias, for kernels of our own.
-    pub fn bias(&self) -> Option<&Array> {
+    pub(crate) fn bias(&self) -> Option<&Array> {
         self.bias.as_ref()
     }
 }
@@ -107,6 +107,14 @@ impl Embedding {
                     ..*packed
                 })
             }
+        }
+    }
+
+    /// The packed weight, for kernels of our own.
+    pub(crate) fn packed(&self) -> Option<&ffi::Packed> {
+        match &self.weight {
+            Matrix::Packed(packed) => Some(packed),
+            Matrix::Plain(_) => None,
         }
     }
 

@@ -27,6 +27,11 @@ impl SwiGlu {
         })
     }
 
+    /// gate, up and down.
+    pub(crate) fn projections(&self) -> [&Linear; 3] {
+        [&self.gate_proj, &self.up_proj, &self.down_proj]
+    }
+
     /// `[batch, time, hidden]` to the same.
     pub fn forward(&self, x: &Array) -> Result<Array, Exception> {
         let gate = self.gate_proj.forward(x)?;

@@ -87,13 +87,21 @@ pub struct Rope {
     /// Set instead of `freqs` where frequencies are plain powers.
     base: Option<f32>,
     freqs: Option<Array>,
+    /// Inverse of the angle that a position adds, scaled for long contexts.
+    periods: Vec<f32>,
 }
 
 impl Rope {
     /// Prepares what does not depend on positions.
     pub fn new(spec: &RopeSpec) -> Self {
-        let plain =
-            Self { dims: spec.dims, traditional: spec.traditional, scale: 1.0, base: Some(spec.theta), freqs: None };
+        let plain = Self {
+            dims: spec.dims,
+            traditional: spec.traditional,
+            scale: 1.0,
+            base: Some(spec.theta),
+            freqs: None,
+            periods: periods(spec).collect(),
+        };
         match spec.scaling {
             Scaling::None => plain,
             Scaling::Linear { factor } => Self { scale: 1.0 / factor, ..plain },
@@ -114,10 +122,16 @@ impl Rope {
                         period / ((1.0 - smooth) / factor + smooth)
                     }
                 };
-                let freqs: Vec<f32> = periods(spec).map(scaled).collect();
-                Self { base: None, freqs: Some(Array::from_slice(&freqs, &[freqs.len() as i32])), ..plain }
+                let periods: Vec<f32> = periods(spec).map(scaled).collect();
+                let freqs = Array::from_slice(&periods, &[periods.len() as i32]);
+                Self { base: None, freqs: Some(freqs), periods, ..plain }
             }
         }
+    }
+
+    /// The angle in radians that one position adds, for each pair of dimensions; for kernels that rotate themselves.
+    pub(crate) fn angles_per_position(&self) -> Vec<f32> {
+        self.periods.iter().map(|period| self.scale / period).collect()
     }
 
     /// Rotates `x`, `[batch, heads, time, head_dim]`, whose first position is `offset`.

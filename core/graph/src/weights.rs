@@ -22,17 +22,24 @@ pub struct Placement {
     pub floats: Option<Dtype>,
     /// Unpack quantized matrices at load.
     pub dequantize: bool,
+    /// Use kernels of our own where they apply. Off only to compare with plain operations.
+    pub kernels: bool,
 }
 
 impl Placement {
     /// For the CPU: MLX computes half floats there many times slower than f32, and accumulates in them.
     pub fn cpu(dequantize: bool) -> Self {
-        Self { device: DeviceKind::Cpu, floats: Some(Dtype::Float32), dequantize }
+        Self { device: DeviceKind::Cpu, floats: Some(Dtype::Float32), dequantize, kernels: false }
     }
 
     /// For a GPU: as the checkpoint has it.
     pub fn gpu(device: DeviceKind) -> Self {
-        Self { device, floats: None, dequantize: false }
+        Self { device, floats: None, dequantize: false, kernels: true }
+    }
+
+    /// Whether CUDA kernels of our own are to be used.
+    pub(crate) fn fused(self) -> bool {
+        self.kernels && self.device == DeviceKind::Cuda
     }
 }
 

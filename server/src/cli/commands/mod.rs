@@ -1,0 +1,10 @@
+//! One file a command.
+
+pub mod backends;
+pub mod bench;
+pub mod chat;
+mod conversation;
+pub mod explain;
+pub mod models;
+pub mod serve;
+pub mod verify;

@@ -1,0 +1,167 @@
+//! `mesh-llm serve`.
+
+use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
+
+use mesh_llm::{
+    listen,
+    slots::{Observer, Slots, StartStep},
+};
+use tokio::{net::TcpListener, sync::mpsc};
+
+use crate::cli::{
+    args::ServeArgs,
+    failure::{Exit, Failure},
+    output::{Output, bytes},
+    plan::{ModelPlan, Setting},
+};
+
+/// How long running requests may take once the server is told to stop.
+const GRACE: Duration = Duration::from_secs(30);
+
+pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
+    let setting = Setting::new(&args.environment)?;
+    let plan = ModelPlan::new(&args.model, &setting.config, |id| setting.formats(id));
+    let wanted = setting.address(args.host, args.port);
+    // Bound before anything is loaded: a model takes its time, an address does not.
+    let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
+    let address = listener.local_addr().unwrap_or(wanted);
+
+    let (steps, mut outcomes) = mpsc::unbounded_channel();
+    let said = observer(output.clone());
+    let observer: Observer = Arc::new(move |step| {
+        said(step);
+        // Two kinds of steps end a start; the channel holds as many as there were starts.
+        if matches!(step, StartStep::Ready(_) | StartStep::Failed(_)) {
+            steps.send(step.clone()).ok();
+        }
+    });
+    let slots = Slots::spawn(vec![setting.starter(&plan, output.progress(), observer)]);
+    let first = slots.clone();
+    let reference = plan.reference.clone();
+    let load = tokio::spawn(async move { first.get(&reference)?.model(None).await });
+
+    let failed = async {
+        match outcomes.recv().await {
+            Some(StartStep::Failed(error)) => return Failure::from(&*error),
+            Some(StartStep::Ready(model)) => announce(output, address, &model.profile.name),
+            _ => {}
+        }
+        // From here on a failure is the next request's to repair.
+        std::future::pending().await
+    };
+    let outcome = tokio::select! {
+        failure = failed => Err(failure),
+        () = serve(listener, slots.clone(), output) => Ok(()),
+    };
+    load.abort();
+    if outcome.is_err() {
+        slots.drain(Duration::ZERO).await;
+    }
+    outcome
+}
+
+async fn serve(listener: TcpListener, slots: Slots, output: &Output) {
+    let stop = async {
+        interrupted().await;
+        output.line("stopping; running answers have 30 s, a second signal ends at once");
+        tokio::spawn(async {
+            interrupted().await;
+            std::process::exit(130);
+        });
+    };
+    listen::serve(listener, slots, stop, GRACE).await;
+}
+
+/// Returns on Ctrl-C or, where there is such a thing, a request to terminate.
+pub(super) async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    tokio::signal::ctrl_c().await.ok();
+}
+
+fn in_words(address: SocketAddr, error: &std::io::Error) -> Failure {
+    match error.kind() {
+        ErrorKind::AddrInUse => Failure::new(Exit::Address, format!("{address} is in use by another process"))
+            .hint("stop that process, or choose another port with --port (0 takes any free one)"),
+        ErrorKind::PermissionDenied => Failure::new(Exit::Address, format!("{address} may not be listened on"))
+            .hint("choose a port above 1023 with --port"),
+        ErrorKind::AddrNotAvailable => {
+            Failure::new(Exit::Address, format!("{address} is not an address of this machine"))
+                .hint("choose one with --host; 0.0.0.0 stands for all of them")
+        }
+        _ => Failure::new(Exit::Address, format!("{address} cannot be listened on: {error}")),
+    }
+}
+
+/// Says what a start does, in order. The notice of a backend is printed once, however often it starts.
+pub(super) fn observer(output: Output) -> Observer {
+    let noticed = std::sync::Once::new();
+    Arc::new(move |step| match step {
+        StartStep::Locating { reference } => output.step("model", reference),
+        StartStep::Located(profile) => {
+            let weights = bytes(profile.weight_bytes.value);
+            output.step("found", format_args!("{} ({}, {weights})", profile.root.display(), profile.format.value));
+        }
+        StartStep::Elected(elected) => {
+            let reasons: Vec<_> = elected.offer.reasons.iter().map(ToString::to_string).collect();
+            let device = &elected.offer.device;
+            let text = format!("{} on {} ({}): {}", elected.backend.id, device.name, device.kind, reasons.join("; "));
+            output.step("backend", text);
+            if let Some(notice) = elected.notice {
+                noticed.call_once(|| output.notice(notice));
+            }
+        }
+        StartStep::Ready(_) | StartStep::Failed(_) => {}
+    })
+}
+
+fn announce(output: &Output, address: SocketAddr, model: &str) {
+    output.line(format_args!("listening on http://{address}"));
+    let body = serde_json::json!({ "model": model, "messages": [{ "role": "user", "content": "Hello" }] });
+    let body = body.to_string().replace('\'', r"'\''");
+    output.line(format_args!(
+        "try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
+        reachable(address)
+    ));
+}
+
+/// The address under which this machine reaches a server that listens on all of its addresses.
+fn reachable(mut address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => address.set_ip(std::net::Ipv4Addr::LOCALHOST.into()),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => address.set_ip(std::net::Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    address
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_in_use_is_named_with_a_way_out() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let failure = in_words(address, &listen::bind(address).await.unwrap_err());
+        assert_eq!(failure.exit, Exit::Address);
+        assert_eq!(failure.message, format!("{address} is in use by another process"));
+        assert!(failure.hint.unwrap().contains("--port"));
+    }
+
+    #[test]
+    fn all_addresses_are_reached_by_the_local_one() {
+        assert_eq!(reachable("0.0.0.0:80".parse().unwrap()).to_string(), "127.0.0.1:80");
+        assert_eq!(reachable("[::]:80".parse().unwrap()).to_string(), "[::1]:80");
+        assert_eq!(reachable("10.0.0.1:80".parse().unwrap()).to_string(), "10.0.0.1:80");
+    }
+}

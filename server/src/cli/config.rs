@@ -1,0 +1,105 @@
+//! The configuration file.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::ErrorKind,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::failure::{Exit, Failure};
+
+/// Longest configuration file that is read, in bytes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// What the file can say. The command line goes first.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The model to serve.
+    pub model: Option<String>,
+    /// The backend that has to serve it, or `auto` for the best one, experimental ones included.
+    pub backend: Option<String>,
+    /// Context length in tokens.
+    pub ctx: Option<u32>,
+    /// Address to listen on.
+    pub host: Option<IpAddr>,
+    /// Port to listen on.
+    pub port: Option<u16>,
+    /// Download nothing.
+    pub offline: Option<bool>,
+    /// Directory for mirrored and imported models.
+    pub cache: Option<PathBuf>,
+    /// Settings of backends, by id.
+    #[serde(default)]
+    pub backends: BTreeMap<String, Value>,
+}
+
+impl Config {
+    /// Reads `given`, or else the file at its usual place if there is one.
+    pub fn read(given: Option<&Path>) -> Result<Self, Failure> {
+        let usual = || dirs::config_dir().map(|dir| dir.join("mesh-llm").join("config.toml"));
+        let Some(path) = given.map(Path::to_owned).or_else(usual) else { return Ok(Self::default()) };
+        let failure = |what: String| Failure::new(Exit::Usage, format!("{}: {what}", path.display()));
+        let long = |path| fs::metadata(path).is_ok_and(|metadata: fs::Metadata| metadata.len() > FILE_BYTES_MAX);
+        if long(&path) {
+            return Err(failure(format!("the file is larger than {FILE_BYTES_MAX} bytes")));
+        }
+        match fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text).map_err(failure),
+            Err(error) if error.kind() == ErrorKind::NotFound && given.is_none() => Ok(Self::default()),
+            Err(error) => Err(failure(error.to_string()).hint("check the path given as --config")),
+        }
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let config: Self = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+        if config.ctx == Some(0) {
+            return Err("`ctx` has to be 1 or more".into());
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_file_is_read() {
+        let config = Config::parse(
+            r#"
+            model = "Qwen3-4B-MLX"
+            backend = "auto"
+            ctx = 8192
+            host = "0.0.0.0"
+            port = 8080
+            offline = true
+            cache = "models"
+            [backends.llama-server]
+            args = ["--threads", "2"]
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.backend.as_deref(), Some("auto"));
+        assert_eq!(config.backends["llama-server"]["args"][1], "2");
+    }
+
+    #[test]
+    fn mistakes_are_shown_where_they_are() {
+        insta::assert_snapshot!(Config::parse("modle = \"x\"").unwrap_err());
+        insta::assert_snapshot!(Config::parse("port = \"x\"").unwrap_err());
+        insta::assert_snapshot!(Config::parse("ctx = 0").unwrap_err());
+    }
+
+    #[test]
+    fn a_file_that_was_named_has_to_be_there() {
+        let failure = Config::read(Some(Path::new("no/such/config.toml"))).unwrap_err();
+        assert_eq!(failure.exit, Exit::Usage);
+        assert!(failure.message.starts_with("no/such/config.toml: "), "{failure:?}");
+    }
+}

@@ -1,0 +1,58 @@
+//! The command line of mesh-llm. The only part that names backends and plugins.
+
+mod args;
+mod commands;
+mod config;
+mod failure;
+mod linked;
+mod output;
+mod plan;
+#[cfg(test)]
+mod tests;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+use failure::{Exit, Failure};
+use output::{LOG_QUIET, LOG_SERVING, Output};
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let serving = matches!(cli.command, None | Some(Command::Serve(_)));
+    let output = Output::set_up(cli.output, if serving { LOG_SERVING } else { LOG_QUIET });
+    match run(cli, &output) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::report(&failure);
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn run(cli: Cli, output: &Output) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Exit::Failure, format!("no threads could be started: {error}")))?;
+    let outcome = runtime.block_on(async {
+        match cli.command.unwrap_or(Command::Serve(cli.serve)) {
+            Command::Serve(args) => commands::serve::run(args, output).await,
+            Command::Chat(args) => commands::chat::run(args, output).await,
+            Command::Explain(args) => commands::explain::run(args, output).await,
+            Command::Backends(args) => commands::backends::run(args, output).await,
+            Command::Models(args) => commands::models::run(args, output).await,
+            Command::Verify(args) => commands::verify::run(args, output).await,
+            Command::Bench(args) => commands::bench::run(args, output).await,
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Cli::command(), "mesh-llm", &mut std::io::stdout());
+                Ok(())
+            }
+        }
+    });
+    // A thread that still waits for a line of input, or for a file, must not hold up the end.
+    runtime.shutdown_background();
+    outcome
+}
