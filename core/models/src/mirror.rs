@@ -76,6 +76,7 @@ async fn pip_download(
     let finished = child.wait_with_output();
     tokio::pin!(finished);
     let deadline = tokio::time::Instant::now() + PIP_TIMEOUT;
+    let mut fetched = 0;
     let output = loop {
         tokio::select! {
             output = &mut finished => break output.map_err(|error| failed(mirror, error.to_string()))?,
@@ -83,9 +84,11 @@ async fn pip_download(
                 if tokio::time::Instant::now() > deadline {
                     return Err(failed(mirror, format!("pip took longer than {} s", PIP_TIMEOUT.as_secs())));
                 }
-                let sizes = local::files_below(directory).into_iter();
-                let done = sizes.filter_map(|name| fs::metadata(directory.join(name)).ok()).map(|file| file.len()).sum();
-                progress.report(stage, done, None);
+                // pip copies the wheel at the end, so the largest file tells more than the sum.
+                let files = local::files_below(directory).into_iter();
+                let sizes = files.filter_map(|name| fs::metadata(directory.join(name)).ok()).map(|file| file.len());
+                fetched = sizes.fold(fetched, u64::max);
+                progress.report(stage, fetched, None);
             }
         }
     };

@@ -359,3 +359,6 @@ fn place(tensor: &mut Tensor, base: u64, alignment: u64, size: u64) -> Result<()
         _ => Err(Malformed(format!("tensor `{name}` lies outside any file"))),
     }
 }
+
+#[cfg(test)]
+mod tests;
