@@ -48,6 +48,14 @@ impl ApiError {
         self
     }
 
+    /// Names the field that holds the prompt, for errors about prompts, which do not know what request they came in.
+    pub(crate) fn prompt_in(mut self, field: &str) -> Self {
+        if matches!(self.object.param.as_deref(), Some("messages" | "prompt")) {
+            self.object.param = Some(field.into());
+        }
+        self
+    }
+
     /// No route has that path.
     pub fn no_such_path(path: &str) -> Self {
         let path: String = path.chars().take(200).collect();
@@ -133,7 +141,9 @@ impl From<SlotError> for ApiError {
                 Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", message).param("model")
             }
             SlotError::Failed { retry_after, .. } => Self::unavailable("model_failed", message, Some(retry_after)),
-            SlotError::Crowded { .. } => Self::unavailable("model_loading", message, Some(Duration::from_secs(5))),
+            SlotError::Crowded { .. } | SlotError::NotYetKnown { .. } => {
+                Self::unavailable("model_loading", message, Some(Duration::from_secs(5)))
+            }
             SlotError::Stopped => Self::unavailable("shutting_down", message, None),
         }
     }

@@ -1,1 +1,9 @@
-fn main() {}
+//! `mesh-llm`: serves local language models over an OpenAI-compatible API.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

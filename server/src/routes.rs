@@ -146,7 +146,8 @@ async fn generated<B: Buf>(
         }
     };
     drop(body);
-    let (model, parts) = opened(slots, &shared, ask).await?;
+    let field = if shape == Shape::Chat { "messages" } else { "prompt" };
+    let (model, parts) = opened(slots, &shared, ask).await.map_err(|error| error.prompt_in(field))?;
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let envelope = Envelope { id, created, model: model.profile.name.clone() };
     if shared.stream {

@@ -118,11 +118,20 @@ fn classify(path: &str, error: &serde_json::Error) -> BadRequest {
     if let Some(name) = named("duplicate field `") {
         return BadRequest::Value { param: join(path, &name), what: "is given twice".into() };
     }
-    let (found, expected) = text.rsplit_once(", expected ").unwrap_or((text, ""));
-    let found: String = found.chars().take(MESSAGE_CHARS_MAX).collect();
-    let what = if expected.is_empty() { found } else { format!("{found}, expected {}", in_words(expected)) };
     let param = if path == "." { "body".to_owned() } else { path.to_owned() };
-    BadRequest::Type { param, what }
+    // A structure that is given as a list is read by position, and mostly too short.
+    if text.starts_with("invalid length") {
+        return BadRequest::Type { param, what: "expected an object".into() };
+    }
+    let (found, expected) = text.rsplit_once(", expected ").unwrap_or((text, ""));
+    let (kind, found) = found.split_once(": ").unwrap_or(("", found));
+    let found: String = found.chars().take(MESSAGE_CHARS_MAX).collect();
+    let found = found_in_words(&found);
+    let what = if expected.is_empty() { found } else { format!("{found}, expected {}", in_words(expected)) };
+    match kind {
+        "invalid value" => BadRequest::Value { param, what: format!("is {what}") },
+        _ => BadRequest::Type { param, what: format!("found {what}") },
+    }
 }
 
 /// The path of a field inside the object at `path`. The path may or may not name the field already.
@@ -138,9 +147,21 @@ fn join(path: &str, name: &str) -> String {
 fn in_words(expected: &str) -> &str {
     match expected {
         "f32" | "f64" => "a number",
-        "u32" | "u64" | "usize" => "an integer of 0 or more",
+        "u32" => "an integer between 0 and 4294967295",
+        "u64" | "usize" => "an integer of 0 or more",
         "i32" | "i64" => "an integer",
+        "a sequence" => "a list",
+        "a map" => "an object",
         expected if expected.starts_with("struct ") => "an object",
         expected => expected,
+    }
+}
+
+/// serde's names of what it found, for people.
+fn found_in_words(found: &str) -> String {
+    match found {
+        "sequence" => "a list".into(),
+        "map" => "an object".into(),
+        found => found.replace("floating point", "number"),
     }
 }

@@ -63,6 +63,14 @@ pub enum SlotError {
         /// What there is.
         served: Vec<String>,
     },
+    /// No slot has that name, but one is still looking for its model, whose name may be it.
+    #[error("no model is called `{name}`, but {loading} is still being looked for")]
+    NotYetKnown {
+        /// What was asked for.
+        name: String,
+        /// What is looked for.
+        loading: String,
+    },
     /// It failed, and may not be tried again yet.
     #[error("{model} failed {}: {reason}", times(.failures))]
     Failed {
@@ -97,7 +105,7 @@ impl Hint for SlotError {
         match self {
             Self::Unknown { .. } => Some("GET /v1/models lists the models".into()),
             Self::Failed { reason, .. } => reason.hint(),
-            Self::Crowded { .. } => Some("try again once /readyz answers 200".into()),
+            Self::Crowded { .. } | Self::NotYetKnown { .. } => Some("try again once /readyz answers 200".into()),
             Self::Stopped => None,
         }
     }

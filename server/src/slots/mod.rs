@@ -9,7 +9,7 @@ mod owner;
 pub mod start;
 
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -74,18 +74,28 @@ enum Wish {
 pub struct Slot {
     /// The name it was asked for at the start.
     reference: String,
+    /// The model's own name, once it was located.
+    name: Arc<OnceLock<String>>,
     state: watch::Receiver<SlotState>,
     wishes: mpsc::Sender<Wish>,
     owner: JoinHandle<()>,
 }
 
 impl Slot {
-    fn spawn(starter: Starter) -> Self {
+    fn spawn(mut starter: Starter) -> Self {
+        let name = Arc::new(OnceLock::new());
+        let (named, observer) = (name.clone(), starter.observer);
+        starter.observer = Arc::new(move |step| {
+            if let StartStep::Located(profile) = step {
+                named.set(profile.name.clone()).ok();
+            }
+            observer(step);
+        });
         let (state_tx, state) = watch::channel(SlotState::Cold);
         let (wishes, inbox) = mpsc::channel(WAITING_MAX);
         let reference = starter.reference.clone();
         let owner = tokio::spawn(owner::own(starter, state_tx, inbox));
-        Self { reference, state, wishes, owner }
+        Self { reference, name, state, wishes, owner }
     }
 
     /// The state at this moment.
@@ -95,14 +105,11 @@ impl Slot {
 
     /// The name it is served under: the model's own, once that is known.
     pub fn name(&self) -> String {
-        match &*self.state.borrow() {
-            SlotState::Ready(model) => model.profile.name.clone(),
-            _ => self.reference.clone(),
-        }
+        self.name.get().unwrap_or(&self.reference).clone()
     }
 
     fn answers_to(&self, name: &str) -> bool {
-        self.reference == name || self.name() == name
+        self.reference == name || self.name.get().is_some_and(|own| own == name)
     }
 
     /// The model. Joins or starts a load where it is not ready.
@@ -146,9 +153,14 @@ impl Slots {
 
     /// The slot of that name.
     pub fn get(&self, name: &str) -> Result<&Slot, SlotError> {
-        self.iter().find(|slot| slot.answers_to(name)).ok_or_else(|| SlotError::Unknown {
-            name: name.chars().take(200).collect(),
-            served: self.iter().map(Slot::name).collect(),
+        if let Some(slot) = self.iter().find(|slot| slot.answers_to(name)) {
+            return Ok(slot);
+        }
+        let name = name.chars().take(200).collect();
+        let nameless = |slot: &&Slot| slot.name.get().is_none() && matches!(&*slot.state.borrow(), SlotState::Loading);
+        Err(match self.iter().find(nameless) {
+            Some(slot) => SlotError::NotYetKnown { name, loading: slot.reference.clone() },
+            None => SlotError::Unknown { name, served: self.iter().map(Slot::name).collect() },
         })
     }
 

@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
 use mesh_core::{Elected, ElectionRequest, LoadPlan, ModelProfile, ProgressSink};
-use mesh_models::{Store, Want, probe};
+use mesh_models::{FetchError, Store, Want, probe};
 
 use super::StartError;
 use crate::{
@@ -27,12 +27,20 @@ pub struct StoreLocate {
     pub reference: String,
     /// Which weights, where it has several kinds.
     pub want: Want,
+    /// True if `want` only follows from the backend that was named. Where the model has no such weights, it is that
+    /// backend that says so.
+    pub want_implied: bool,
 }
 
 #[async_trait]
 impl Locate for StoreLocate {
     async fn locate(&self, progress: &ProgressSink) -> Result<ModelProfile, StartError> {
-        let artifact = self.store.locate(&self.reference, self.want, progress).await?;
+        let artifact = match self.store.locate(&self.reference, self.want, progress).await {
+            Err(FetchError::WrongFormat { .. }) if self.want_implied => {
+                self.store.locate(&self.reference, Want::Any, progress).await?
+            }
+            outcome => outcome?,
+        };
         let profile = tokio::task::spawn_blocking(move || probe(&artifact)).await;
         Ok(profile.map_err(|_| StartError::Panicked { what: "reading the model's headers" })??)
     }

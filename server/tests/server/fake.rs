@@ -1,0 +1,452 @@
+//! A backend whose engine plays a script, and a server in front of it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::{
+        Arc, LazyLock, Mutex,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures::{StreamExt, stream};
+use mesh_core::*;
+use mesh_llm::{
+    listen,
+    slots::{Locate, Slots, StartError, Starter},
+    voting::Electorate,
+};
+use serde_json::{Value, json};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, oneshot, watch},
+    task::JoinHandle,
+};
+
+/// What the engine does with a job, step by step.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// Reports a piece of text of one token.
+    Text(&'static str),
+    /// Reports the bytes as tokens, one each.
+    Bytes(&'static [u8]),
+    /// Reports that the prompt is read.
+    Prefill(u32),
+    /// Waits a moment.
+    Pause,
+    /// Waits for ever.
+    Hang,
+    /// Ends with this reason.
+    Finish(FinishReason),
+    /// Breaks.
+    Fail,
+}
+
+/// What a test sets and sees.
+pub struct Fake {
+    /// What every job gets.
+    pub script: Mutex<Vec<Step>>,
+    /// The jobs so far.
+    pub jobs: Mutex<Vec<Job>>,
+    /// Refuse jobs as busy.
+    pub busy: AtomicBool,
+    /// Fail this many loads.
+    pub failing_loads: AtomicU32,
+    /// Loads so far.
+    pub loads: AtomicU32,
+    /// Loads wait until told to go on, if true.
+    pub hold_loads: AtomicBool,
+    /// Tells them.
+    pub go_on: Notify,
+    /// Event streams that were dropped before their end.
+    pub dropped: AtomicU32,
+    /// Events that were taken.
+    pub taken: AtomicU32,
+    state: watch::Sender<EngineState>,
+    capabilities: Capabilities,
+}
+
+static INFO: BackendInfo =
+    BackendInfo { id: "fake", title: "plays a script", formats: &[WeightFormat::Safetensors], opt_in: None };
+
+fn device() -> Device {
+    Device { kind: DeviceKind::Cpu, name: "a test".into(), memory_bytes: None }
+}
+
+struct FakeBackend(Arc<Fake>);
+
+#[async_trait]
+impl InferenceBackend for FakeBackend {
+    fn info(&self) -> &'static BackendInfo {
+        &INFO
+    }
+
+    fn host(&self, _: &Value) -> Host {
+        Host { device: Ok(device()), notes: vec![] }
+    }
+
+    fn judge(&self, _: &ModelProfile, _: Option<&dyn ModelFamily>, _: &Host) -> Verdict {
+        Verdict::Serve(Offer {
+            capabilities: self.0.capabilities.clone(),
+            device: device(),
+            memory_bytes: None,
+            score: 1,
+            reasons: vec![Reason::new("it is a test")],
+        })
+    }
+
+    async fn load(&self, _: LoadPlan, _: ProgressSink) -> Result<EngineHandle, LoadError> {
+        let fake = &self.0;
+        fake.loads.fetch_add(1, Ordering::SeqCst);
+        if fake.hold_loads.load(Ordering::SeqCst) {
+            fake.go_on.notified().await;
+        }
+        if fake.failing_loads.load(Ordering::SeqCst) > 0 {
+            fake.failing_loads.fetch_sub(1, Ordering::SeqCst);
+            return Err(LoadError::Exited { what: "exit status 1; last lines: out of luck".into() });
+        }
+        fake.state.send_replace(EngineState::Ready);
+        Ok(EngineHandle::new(&INFO, device(), Arc::new(FakeEngine(fake.clone()))))
+    }
+}
+
+struct FakeEngine(Arc<Fake>);
+
+/// Counts a stream that is dropped before its end.
+struct Witness {
+    fake: Arc<Fake>,
+    over: bool,
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        if !self.over {
+            self.fake.dropped.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+#[async_trait]
+impl Engine for FakeEngine {
+    fn capabilities(&self) -> &Capabilities {
+        &self.0.capabilities
+    }
+
+    fn state(&self) -> watch::Receiver<EngineState> {
+        self.0.state.subscribe()
+    }
+
+    async fn submit(&self, job: Job) -> Result<EventStream, SubmitError> {
+        let fake = self.0.clone();
+        if let EngineState::Failed(why) = &*fake.state.borrow() {
+            return Err(SubmitError::Gone { why: why.clone() });
+        }
+        if fake.busy.load(Ordering::SeqCst) {
+            return Err(SubmitError::Busy { running: 3, retry_after: Duration::from_millis(1500) });
+        }
+        if let Some(&knob) = self.0.capabilities.lacking(&job).first() {
+            return Err(SubmitError::Unsupported { knob });
+        }
+        if let Prompt::Text { text, .. } = &job.prompt
+            && text.contains("very long")
+        {
+            return Err(SubmitError::TooLong { prompt: 5000, max: 4096 });
+        }
+        fake.jobs.lock().unwrap().push(job);
+        let mut steps = Vec::new();
+        for step in fake.script.lock().unwrap().clone() {
+            match step {
+                Step::Bytes(bytes) => steps.extend((0..bytes.len()).map(|at| Step::Bytes(&bytes[at..=at]))),
+                step => steps.push(step),
+            }
+        }
+        let state = (steps.into_iter(), Witness { fake, over: false }, 0u32);
+        let events = stream::unfold(state, |(mut steps, mut witness, tokens)| async move {
+            let step = steps.next()?;
+            witness.fake.taken.fetch_add(1, Ordering::SeqCst);
+            let event = match step {
+                Step::Pause => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    Ok(Event::Prefill { done: 0, total: 7 })
+                }
+                Step::Hang => std::future::pending().await,
+                Step::Prefill(total) => Ok(Event::Prefill { done: total, total }),
+                Step::Text(text) => Ok(Event::Text { text: text.into(), tokens: 1 }),
+                Step::Bytes(bytes) => Ok(Event::Token { id: bytes[0].into() }),
+                Step::Finish(reason) => Ok(Event::Finished {
+                    reason,
+                    usage: Usage { prompt_tokens: 7, cached_tokens: 3, completion_tokens: tokens + 1 },
+                    timings: Timings::default(),
+                }),
+                Step::Fail => {
+                    let what: Arc<str> = "signal 9; last lines: ouch".into();
+                    witness.fake.state.send_replace(EngineState::Failed(what.clone()));
+                    Err(EngineError::Failed { what })
+                }
+            };
+            witness.over |= matches!(event, Ok(Event::Finished { .. }) | Err(_));
+            let tokens = tokens + u32::from(matches!(event, Ok(Event::Text { .. } | Event::Token { .. })));
+            Some((event, (steps, witness, tokens)))
+        });
+        Ok(events.boxed())
+    }
+
+    async fn drain(&self, _: Duration) {
+        self.0.state.send_replace(EngineState::Stopped);
+    }
+}
+
+/// A family that talks like Qwen.
+struct FakeFamily;
+
+impl ModelFamily for FakeFamily {
+    fn id(&self) -> &'static str {
+        "fake"
+    }
+
+    fn title(&self) -> &'static str {
+        "Fake"
+    }
+
+    fn claims(&self) -> Claims {
+        Claims { model_types: &["fake"], architectures: &[], gguf_architectures: &[] }
+    }
+
+    fn conventions(&self) -> Conventions {
+        Conventions {
+            fallback_template: Some("{% for m in messages %}{{ m.content }}{% endfor %}"),
+            thinking: Thinking::Variable("enable_thinking"),
+            dialect: "hermes",
+        }
+    }
+}
+
+struct FixedLocate(ModelProfile);
+
+#[async_trait]
+impl Locate for FixedLocate {
+    async fn locate(&self, _: &ProgressSink) -> Result<ModelProfile, StartError> {
+        Ok(self.0.clone())
+    }
+}
+
+const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}\
+                        {% if tools %}[{{ tools | length }} tools]{% endif %}\
+                        {% if enable_thinking is defined %}[thinking={{ enable_thinking }}]{% endif %}<assistant>";
+
+fn profile(tokenizer: Option<PathBuf>, family: bool) -> ModelProfile {
+    let source = || Source::file("config.json");
+    ModelProfile {
+        name: "org/fake-model".into(),
+        root: "fake".into(),
+        weights: vec![],
+        format: Fact::new(WeightFormat::Safetensors, source()),
+        weight_bytes: Fact::new(1, source()),
+        model_type: family.then(|| Fact::new("fake".into(), source())),
+        architectures: None,
+        gguf_architecture: None,
+        quantization: None,
+        context_tokens_max: None,
+        parameters: None,
+        layers: None,
+        kv_heads: None,
+        head_dim: None,
+        vocab_size: tokenizer.is_some().then(|| Fact::new(256, source())),
+        eos_token_ids: vec![],
+        bos_token: None,
+        eos_token: None,
+        tokenizer: tokenizer.map(|path| Fact::new(path, source())),
+        chat_template: Some(Fact::new(
+            ChatTemplate { default: TEMPLATE.into(), named: BTreeMap::new() },
+            Source::file("chat_template.jinja"),
+        )),
+        vision: None,
+        tensor_names: None,
+        config: Value::Null,
+        generation_config: Value::Null,
+    }
+}
+
+/// A tokenizer whose token ids are bytes.
+static BYTES_TOKENIZER: LazyLock<tempfile::NamedTempFile> = LazyLock::new(|| {
+    // The byte-level alphabet: printable bytes stand for themselves, the others for code points from 256 on.
+    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let mut others = 256..;
+    let mut letter = |byte| if printable(byte) { byte } else { others.next().unwrap() };
+    let vocab: serde_json::Map<String, Value> =
+        (0..256).map(|byte| (char::from_u32(letter(byte)).unwrap().to_string(), byte.into())).collect();
+    let level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false });
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": level, "post_processor": null, "decoder": level,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": [] },
+    });
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), tokenizer.to_string()).unwrap();
+    file
+});
+
+/// A server with a scripted model, on a port of its own.
+pub struct Server {
+    pub fake: Arc<Fake>,
+    pub url: String,
+    pub client: reqwest::Client,
+    pub slots: Slots,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<()>,
+}
+
+/// How the scripted model works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Text in, text out.
+    Text,
+    /// Tokens in, tokens out; a token is a byte.
+    Tokens,
+    /// Text in, text out, and no family.
+    Stranger,
+}
+
+impl Server {
+    pub async fn start(form: Form, script: Vec<Step>) -> Self {
+        Self::start_with(form, script, |_| {}).await
+    }
+
+    pub async fn start_with(form: Form, script: Vec<Step>, set: impl FnOnce(&Fake)) -> Self {
+        let (prompt, output) = match form {
+            Form::Tokens => (PromptForm::Tokens, OutputForm::Tokens),
+            Form::Text | Form::Stranger => (PromptForm::Text, OutputForm::Text),
+        };
+        let fake = Arc::new(Fake {
+            script: Mutex::new(script),
+            jobs: Mutex::default(),
+            busy: AtomicBool::default(),
+            failing_loads: AtomicU32::default(),
+            loads: AtomicU32::default(),
+            hold_loads: AtomicBool::default(),
+            go_on: Notify::new(),
+            dropped: AtomicU32::default(),
+            taken: AtomicU32::default(),
+            state: watch::channel(EngineState::Starting).0,
+            capabilities: Capabilities {
+                prompt,
+                output,
+                knobs: BTreeSet::from([Knob::Temperature, Knob::TopP, Knob::Seed]),
+                context_tokens_max: 4096,
+                requests_parallel_max: 2,
+                requests_queued_max: 1,
+                prefix_reuse: true,
+                vision: false,
+            },
+        });
+        set(&fake);
+        let backend: &'static dyn InferenceBackend = Box::leak(Box::new(FakeBackend(fake.clone())));
+        let tokenizer = (form == Form::Tokens).then(|| BYTES_TOKENIZER.path().to_owned());
+        let starter = Starter {
+            reference: "fake".into(),
+            locate: Arc::new(FixedLocate(profile(tokenizer, form != Form::Stranger))),
+            electorate: Arc::new(Electorate::of(vec![backend], vec![&FakeFamily], BTreeMap::new())),
+            forced: None,
+            opt_in: false,
+            context_tokens: None,
+            progress: ProgressSink::silent(),
+            observer: Arc::new(|_| {}),
+        };
+        let slots = Slots::spawn(vec![starter]);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let served = slots.clone();
+        let task = tokio::spawn(async move {
+            let shutdown = async {
+                stopped.await.ok();
+            };
+            listen::serve(listener, served, shutdown, Duration::from_secs(2)).await;
+        });
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        Self { fake, url, client, slots, stop: Some(stop), task }
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        let response = self.client.get(format!("{}{path}", self.url)).send().await.unwrap();
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+
+    pub async fn send(&self, path: &str, body: String) -> reqwest::Response {
+        let request = self.client.post(format!("{}{path}", self.url)).header("content-type", "application/json");
+        request.body(body).send().await.unwrap()
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let response = self.send(path, body.to_string()).await;
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+
+    pub async fn chat(&self, more: Value) -> (u16, Value) {
+        self.post("/v1/chat/completions", &chat(more)).await
+    }
+
+    /// The data of every event of a streamed chat, in order.
+    pub async fn chat_events(&self, more: Value) -> Vec<String> {
+        let mut body = chat(more);
+        body["stream"] = true.into();
+        let response = self.send("/v1/chat/completions", body.to_string()).await;
+        assert_eq!(response.status(), 200, "{:?}", response.text().await);
+        events(&response.text().await.unwrap())
+    }
+
+    pub fn stop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            stop.send(()).ok();
+        }
+    }
+
+    pub async fn stopped(self) {
+        self.task.await.unwrap();
+    }
+
+    pub fn last_prompt(&self) -> Prompt {
+        self.fake.jobs.lock().unwrap().last().unwrap().prompt.clone()
+    }
+}
+
+/// A chat request with further fields.
+pub fn chat(more: Value) -> Value {
+    let mut body = json!({ "model": "fake", "messages": [{ "role": "user", "content": "Hi" }] });
+    for (key, value) in more.as_object().unwrap() {
+        body[key] = value.clone();
+    }
+    body
+}
+
+/// The data of each event of a stream, comments left out.
+pub fn events(text: &str) -> Vec<String> {
+    text.split("\n\n")
+        .filter_map(|event| event.lines().find_map(|line| line.strip_prefix("data: ")))
+        .map(String::from)
+        .collect()
+}
+
+/// Waits until something holds, for a second at most.
+pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    for _ in 0..200 {
+        if holds() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("it never came about that {what}");
+}
+
+/// Makes an answer comparable: ids and times differ from run to run.
+pub fn steady(mut value: Value) -> Value {
+    for (key, steady) in [("id", json!("ID")), ("created", json!(0))] {
+        if value.get(key).is_some() {
+            value[key] = steady;
+        }
+    }
+    value
+}

@@ -1,0 +1,134 @@
+//! Loading, failing, coming back, ending.
+
+use std::{sync::atomic::Ordering::SeqCst, time::Duration};
+
+use futures::StreamExt;
+use mesh_core::FinishReason;
+use serde_json::json;
+
+use crate::fake::{Form, Server, Step, chat, eventually};
+
+const STOP: Step = Step::Finish(FinishReason::Stop);
+
+#[tokio::test]
+async fn nothing_but_generation_waits_for_a_load() {
+    let server = Server::start_with(Form::Text, vec![Step::Text("hi"), STOP], |fake| {
+        fake.hold_loads.store(true, SeqCst);
+    })
+    .await;
+    let (one, two) = (server.chat(json!({})), server.chat(json!({ "stop": "x" })));
+    let watching = async {
+        eventually("a load began", || server.fake.loads.load(SeqCst) == 1).await;
+        assert_eq!(server.get("/livez").await, (200, json!({ "status": "ok" })));
+        let (status, health) = server.get("/health").await;
+        assert_eq!((status, &health["models"][0]["status"]), (200, &json!("loading")));
+        assert_eq!(server.get("/readyz").await.0, 503);
+        assert_eq!(server.get("/version").await.1["version"], env!("CARGO_PKG_VERSION"));
+        let (_, models) = server.get("/v1/models").await;
+        assert_eq!(models["data"][0]["status"], "loading");
+        assert_eq!(models["data"][0]["id"], "org/fake-model", "its own name is known once it is found");
+        server.fake.go_on.notify_one();
+    };
+    let ((first, _), (second, _), ()) = futures::join!(one, two, watching);
+    assert_eq!((first, second), (200, 200));
+    assert_eq!(server.fake.loads.load(SeqCst), 1, "requests that wait join one load");
+    assert_eq!(server.get("/readyz").await.0, 200);
+    let (_, models) = server.get("/v1/models").await;
+    let model = &models["data"][0];
+    assert_eq!((&model["id"], &model["context_length"]), (&json!("org/fake-model"), &json!(4096)));
+    for path in ["/v1/models/org/fake-model", "/v1/models/org%2Ffake-model", "/v1/models/fake"] {
+        assert_eq!(server.get(path).await.1["id"], "org/fake-model", "{path}");
+    }
+    assert_eq!(server.chat(json!({ "model": "org/fake-model" })).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_busy_engine_says_when_to_come_back() {
+    let server = Server::start_with(Form::Text, vec![STOP], |fake| fake.busy.store(true, SeqCst)).await;
+    let response = server.send("/v1/chat/completions", chat(json!({})).to_string()).await;
+    assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (503, "2"));
+    let answer: serde_json::Value = response.json().await.unwrap();
+    insta::assert_json_snapshot!(answer);
+}
+
+#[tokio::test]
+async fn an_engine_that_fails_ends_its_streams_and_is_started_again() {
+    let server = Server::start(Form::Text, vec![Step::Text("half an ans"), Step::Fail]).await;
+    let body = chat(json!({ "stream": true })).to_string();
+    let text = server.send("/v1/chat/completions", body).await.text().await.unwrap();
+    let tail: Vec<_> = text.split("\n\n").filter(|event| !event.is_empty()).collect();
+    insta::assert_snapshot!(tail.last().unwrap());
+    assert!(!text.contains("[DONE]"), "a broken answer must not look complete");
+
+    *server.fake.script.lock().unwrap() = vec![Step::Text("whole"), STOP];
+    let (status, answer) = server.chat(json!({})).await;
+    assert_eq!((status, answer["choices"][0]["message"]["content"].as_str()), (200, Some("whole")));
+    assert_eq!(server.fake.loads.load(SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_blocking_answer_that_breaks_off_is_an_error() {
+    let server = Server::start(Form::Text, vec![Step::Text("half"), Step::Fail]).await;
+    let (status, answer) = server.chat(json!({})).await;
+    assert_eq!((status, answer["error"]["code"].as_str()), (500, Some("engine_failed")));
+}
+
+#[tokio::test]
+async fn loads_that_fail_are_tried_again_less_and_less_often() {
+    let server = Server::start_with(Form::Text, vec![STOP], |fake| fake.failing_loads.store(2, SeqCst)).await;
+    assert_eq!(server.chat(json!({})).await.0, 503); // fails, and may be tried again at once
+    assert_eq!(server.chat(json!({})).await.0, 503); // fails again
+    let response = server.send("/v1/chat/completions", chat(json!({})).to_string()).await;
+    assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (503, "1"));
+    let answer: serde_json::Value = response.json().await.unwrap();
+    insta::assert_json_snapshot!(answer);
+    assert_eq!(server.fake.loads.load(SeqCst), 2, "nothing is loaded before its time");
+    let (_, health) = server.get("/health").await;
+    assert_eq!((&health["models"][0]["status"], &health["models"][0]["failures"]), (&json!("failed"), &json!(2)));
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(server.chat(json!({})).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_cancels_within_one_event() {
+    for stream in [true, false] {
+        let mut script = vec![Step::Text("a"); 3];
+        script.extend(std::iter::repeat_n(Step::Pause, 1000));
+        let server = Server::start(Form::Text, script).await;
+        let body = chat(json!({ "stream": stream })).to_string();
+        let request = server.send("/v1/chat/completions", body);
+        if stream {
+            let mut bytes = request.await.bytes_stream();
+            assert!(bytes.next().await.unwrap().is_ok());
+            drop(bytes);
+        } else {
+            tokio::select! {
+                _ = request => panic!("the script has no end"),
+                () = eventually("the engine works", || server.fake.taken.load(SeqCst) > 3) => {}
+            }
+        }
+        let before = server.fake.taken.load(SeqCst);
+        eventually("the engine's stream is dropped", || server.fake.dropped.load(SeqCst) == 1).await;
+        let after = server.fake.taken.load(SeqCst);
+        assert!(after <= before + 5, "{} events were taken after the client left", after - before);
+    }
+}
+
+#[tokio::test]
+async fn a_drain_lets_answers_finish_and_refuses_new_ones() {
+    let mut script = vec![Step::Text("still ")];
+    script.extend(std::iter::repeat_n(Step::Pause, 10));
+    script.extend([Step::Text("here"), STOP]);
+    let mut server = Server::start(Form::Text, script).await;
+    let body = chat(json!({ "stream": true })).to_string();
+    let running = server.send("/v1/chat/completions", body).await;
+    server.stop();
+    let url = server.url.clone();
+    let text = running.text().await.unwrap();
+    assert!(text.contains("here") && text.contains("[DONE]"), "{text}");
+    let slots = server.slots.clone();
+    tokio::time::timeout(Duration::from_secs(5), server.stopped()).await.unwrap();
+    assert!(reqwest::Client::new().get(format!("{url}/livez")).send().await.is_err(), "it still listens");
+    let refused = slots.get("fake").unwrap().model(None).await.unwrap_err();
+    assert_eq!(refused.to_string(), "the server is shutting down");
+}

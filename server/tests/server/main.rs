@@ -1,0 +1,9 @@
+//! The server over real connections, with a scripted engine behind it.
+
+mod answers;
+mod bounds;
+mod fake;
+mod lifecycle;
+mod refusals;
+
+use mesh_dialects as _;
