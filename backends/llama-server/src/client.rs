@@ -140,6 +140,12 @@ impl Client {
         Ok(Pieces { events: Box::pin(events), unread, silence_max: self.silence_max })
     }
 
+    /// Any request and its answer.
+    #[cfg(test)]
+    pub async fn raw(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, ClientError> {
+        json(self.post(path, body).await?).await
+    }
+
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         let request = self.http.get(format!("{}{path}", self.base)).bearer_auth(&self.key).timeout(ANSWER_MAX);
         json(accepted(request.send().await.map_err(transport)?).await?).await

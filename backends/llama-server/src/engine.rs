@@ -84,12 +84,6 @@ impl LlamaEngine {
         engine
     }
 
-    /// The child's process id.
-    #[cfg(test)]
-    pub fn pid(&self) -> u32 {
-        self.process.pid
-    }
-
     fn admit(&self) -> Result<OwnedSemaphorePermit, SubmitError> {
         let seat = self.seats.clone().try_acquire_owned();
         // Looked at after the seat was taken: a drain that begins later waits for this seat.

