@@ -206,3 +206,46 @@ async fn parts_of_text_and_earlier_calls_reach_the_template() {
     let Prompt::Text { text, .. } = server.last_prompt() else { panic!() };
     assert_eq!(text, "<user>ab<assistant>None<tool>c<assistant>");
 }
+
+/// However an engine cuts an answer, its deltas add up to the same.
+#[tokio::test]
+async fn answers_do_not_depend_on_cuts() {
+    use mesh_core::chat::Message;
+    use mesh_llm::pipeline::{self, Ask, Chat, Subject};
+
+    const TEXT: &str = "<think>né 漢</think>Sí.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": \"🦀\"}}\n</tool_call>\
+                        after END rest";
+    let server = Server::start(Form::Text, vec![]).await;
+    let model = server.slots.get("fake").unwrap().model(None).await.unwrap();
+    let ask = Ask {
+        id: "cut".into(),
+        subject: Subject::Chat(Chat {
+            messages: vec![Message { role: "user".into(), content: Some("Hi".into()), ..Message::default() }],
+            tools: vec![json!({ "type": "function", "function": { "name": "f" } })],
+            ..Chat::default()
+        }),
+        sampling: Default::default(),
+        tokens_max: None,
+        ignore_eos: false,
+        logprobs: None,
+        stop: vec!["END".into(), "ENDS".into()],
+    };
+    let places: Vec<usize> = (0..=TEXT.len()).filter(|at| TEXT.is_char_boundary(*at)).collect();
+    let mut seen = std::collections::HashSet::new();
+    for (n, &one) in places.iter().enumerate() {
+        for &two in &places[n..] {
+            let pieces = [&TEXT[..one], &TEXT[one..two], &TEXT[two..]];
+            let mut script: Vec<_> =
+                pieces.iter().filter(|piece| !piece.is_empty()).map(|piece| Step::Text(piece)).collect();
+            script.push(STOP);
+            *server.fake.script.lock().unwrap() = script;
+            let (answer, finished) =
+                pipeline::collect(pipeline::open(&model, ask.clone()).await.unwrap()).await.unwrap();
+            seen.insert(format!("{answer:?} {:?}", finished.finish));
+        }
+    }
+    assert_eq!(seen.len(), 1, "{seen:#?}");
+    let only = seen.into_iter().next().unwrap();
+    assert!(only.contains("né 漢") && only.contains("🦀") && only.contains("after "), "{only}");
+    assert!(!only.contains("END") && only.ends_with("ToolCalls"), "{only}");
+}
