@@ -32,6 +32,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const LIST_TIMEOUT: Duration = Duration::from_secs(60);
 /// A download that brings nothing for so long is given up.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest time to wait for another process that downloads the same file.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60 * 60);
 /// Most files of a repository that are looked at.
 const FILES_MAX: usize = 20_000;
 /// Files that come along with safetensors weights.
@@ -50,6 +52,16 @@ const SIDECARS: &[&str] = &[
 pub(crate) struct Hub {
     client: HFClient,
     http: reqwest::Client,
+}
+
+/// What has to be in the cache for a repository to count as being there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Completeness {
+    /// The weights: enough where nothing can be fetched.
+    Weights,
+    /// Config and tokenizer, too. We fetch them before the weights; a tool that fetches single files may leave them
+    /// out.
+    Sidecars,
 }
 
 /// A file as the hub lists it.
@@ -97,18 +109,21 @@ impl Hub {
         offline: bool,
         progress: &ProgressSink,
     ) -> Result<Artifact, FetchError> {
-        let cached = self.cached(hub, name, reference, want);
-        if let Some(Ok(artifact)) = cached {
+        if let Some(Ok(artifact)) = self.cached(hub, name, reference, want, Completeness::Sidecars) {
             return Ok(artifact);
         }
         if offline {
-            // Ambiguity in the cache is worth more than "not there".
-            return match cached {
+            return match self.cached(hub, name, reference, want, Completeness::Weights) {
+                Some(Ok(artifact)) => Ok(artifact),
+                // Ambiguity in the cache is worth more than "not there".
                 Some(Err(error @ FetchError::Probe(ProbeError::Ambiguous { .. }))) => Err(error),
                 _ => Err(FetchError::Offline { model: reference.to_owned() }),
             };
         }
-        self.reachable().await?;
+        if let Err(error) = self.reachable().await {
+            let cached = self.cached(hub, name, reference, want, Completeness::Weights);
+            return cached.and_then(Result::ok).ok_or(error);
+        }
         let listing = self.list(hub).await?;
         let paths: Vec<String> = listing.iter().map(|file| file.path.clone()).collect();
         let plan = Plan::new(hub, reference, &paths, want)?;
@@ -167,13 +182,14 @@ impl Hub {
         (plain_relative(&commit) && snapshot.is_dir()).then_some(snapshot)
     }
 
-    /// What the cache holds of it, if everything that is needed is there.
+    /// What the cache holds of it, if that is complete.
     pub fn cached(
         &self,
         hub: &HubRef,
         name: &str,
         reference: &str,
         want: Want,
+        complete: Completeness,
     ) -> Option<Result<Artifact, FetchError>> {
         let snapshot = self.snapshot(&hub.repo, hub.revision.as_deref())?;
         let plan = match Plan::new(hub, reference, &local::files_below(&snapshot), want) {
@@ -181,15 +197,10 @@ impl Hub {
             Err(error) => return Some(Err(error)),
         };
         let root = snapshot.join(&plan.directory);
-        // Sidecars are fetched before weights, so with us these two are there; a tool that fetches single files may
-        // have left them out.
         let sidecars = ["config.json", "tokenizer.json"].iter().all(|file| root.join(file).is_file());
-        let is_gguf = matches!(plan.choice, Choice::Gguf(_));
+        let enough = sidecars || complete == Completeness::Weights || matches!(plan.choice, Choice::Gguf(_));
         let artifact = local::assemble(&root, name.to_owned(), plan.choice);
-        match artifact {
-            Ok(_) if !is_gguf && !sidecars => None,
-            done => Some(done),
-        }
+        Some(artifact).filter(|artifact| artifact.is_err() || enough)
     }
 
     /// Answers within seconds whether there is a hub at all.
@@ -250,19 +261,28 @@ impl Hub {
         let Some(listed) = listing.iter().find(|listed| listed.path == file) else {
             return Err(FetchError::NotFound { what });
         };
-        watch.start(file, listed.bytes);
         let repository = self.repository(&hub.repo);
-        let download = repository
-            .download_file()
-            .filename(file)
-            .maybe_revision(hub.revision.clone())
-            .progress(Arc::clone(watch))
-            .send();
-        let path = tokio::select! {
-            path = download => path.map_err(|error| translate(error, &hub.repo, what.clone()))?,
-            () = watch.stalled() => {
-                let why = format!("nothing arrived for {} s", STALL_TIMEOUT.as_secs());
-                return Err(FetchError::Download { what, why });
+        let begun = Instant::now();
+        let path = loop {
+            watch.start(file, listed.bytes);
+            let download = repository
+                .download_file()
+                .filename(file)
+                .maybe_revision(hub.revision.clone())
+                .progress(Arc::clone(watch))
+                .send();
+            let result = tokio::select! {
+                result = download => result,
+                () = watch.stalled() => {
+                    let why = format!("nothing arrived for {} s", STALL_TIMEOUT.as_secs());
+                    return Err(FetchError::Download { what, why });
+                }
+            };
+            match result {
+                Ok(path) => break path,
+                // Another process is downloading this file; hf-hub itself waits for ten seconds only.
+                Err(HFError::CacheLockTimeout { .. }) if begun.elapsed() < LOCK_TIMEOUT => {}
+                Err(error) => return Err(translate(error, &hub.repo, what)),
             }
         };
         // hf-hub 1.0 keeps whatever body the server answers with, an error page too.
@@ -477,4 +497,4 @@ impl ProgressHandler for Watch {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -10,7 +10,7 @@ use mesh_core::{ProgressSink, WeightFormat};
 use crate::{
     catalog::{self, Entry},
     error::{FetchError, ImportError},
-    hub::{self, Hub},
+    hub::{self, Completeness, Hub},
     import, local, mirror,
     reference::{HubRef, Reference},
 };
@@ -137,7 +137,8 @@ impl Store {
                 });
             }
         }
-        for (repo, root, format, bytes) in self.hub.repositories() {
+        let named = |repo: &str| catalog::entries().iter().any(|entry| entry.repo == repo);
+        for (repo, root, format, bytes) in self.hub.repositories().into_iter().filter(|(repo, ..)| !named(repo)) {
             listed.push(Listed {
                 reference: repo,
                 origin: Origin::Hub,
@@ -154,9 +155,10 @@ impl Store {
     fn list_entry(&self, entry: &Entry) -> Listed {
         let artifact = match entry.format {
             WeightFormat::Gguf => self.gguf_on_disk(entry).map(|file| gguf_artifact(entry, file)),
-            WeightFormat::Safetensors => {
-                self.hub.cached(&hub_ref(entry), &entry.name, &entry.name, Want::Safetensors).and_then(Result::ok)
-            }
+            WeightFormat::Safetensors => self
+                .hub
+                .cached(&hub_ref(entry), &entry.name, &entry.name, Want::Safetensors, Completeness::Weights)
+                .and_then(Result::ok),
         };
         Listed {
             reference: entry.name.clone(),
@@ -255,7 +257,8 @@ impl Store {
         if whole(&mirrored) {
             return Some(mirrored);
         }
-        let cached = self.hub.cached(&hub_ref(entry), &entry.name, &entry.name, Want::Gguf)?.ok()?;
+        let cached =
+            self.hub.cached(&hub_ref(entry), &entry.name, &entry.name, Want::Gguf, Completeness::Weights)?.ok()?;
         // In the hub's cache other tools put files, too; there the blob's name is the hash.
         cached
             .weights
@@ -296,3 +299,6 @@ fn subdirectories(root: &Path) -> Vec<PathBuf> {
     found.sort();
     found
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,12 +13,12 @@ use super::*;
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// The repository `o/r` over HTTP.
-struct Server {
-    endpoint: String,
+pub(crate) struct Server {
+    pub endpoint: String,
     requests: Arc<AtomicUsize>,
 }
 
-fn serve(files: &[(&str, &[u8])]) -> Server {
+pub(crate) fn serve(files: &[(&str, &[u8])]) -> Server {
     serve_with(files, |_| None)
 }
 
@@ -135,6 +135,14 @@ async fn a_sharded_repository_comes_with_its_sidecars_and_stays() {
     assert_eq!(server.requests.load(Ordering::SeqCst), asked);
     let listed = hub.repositories();
     assert_eq!(listed, [("o/r".to_owned(), artifact.root.clone(), WeightFormat::Safetensors, 7)]);
+
+    // Without the tokenizer it is fetched again if it can be, and used as it is if not.
+    discard(&artifact.root.join("tokenizer.json"));
+    assert_eq!(locate(&hub, &hub_ref(None, None), Want::Any, true).await.unwrap(), artifact);
+    let gone = Hub::at("http://127.0.0.1:9", cache.path()).unwrap();
+    assert_eq!(locate(&gone, &hub_ref(None, None), Want::Any, false).await.unwrap(), artifact);
+    assert_eq!(locate(&hub, &hub_ref(None, None), Want::Any, false).await.unwrap(), artifact);
+    assert!(artifact.root.join("tokenizer.json").is_file());
 
     // A shard that went missing is fetched again.
     discard(&artifact.weights[1]);

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use super::{repack::*, *};
-use crate::testing::{GgufWriter, golden};
+use crate::testing::{GgufWriter, golden, tiny_llama as tiny};
 
 const TEXTS: &[&str] = &[
     "",
@@ -91,27 +91,6 @@ fn imported_tokenizers_encode_alike() {
             assert_eq!(back, *text);
         }
     }
-}
-
-/// A GGUF of architecture llama with one layer, `heads` heads of 4 and a vocabulary of ten tokens.
-fn tiny(pre: &str) -> GgufWriter {
-    let floats = |count: usize| (0..count).flat_map(|i| (i as f32).to_le_bytes()).collect::<Vec<u8>>();
-    GgufWriter::new("llama")
-        .number("llama.block_count", 1)
-        .number("llama.context_length", 128)
-        .number("llama.embedding_length", 32)
-        .number("llama.feed_forward_length", 32)
-        .number("llama.attention.head_count", 4)
-        .number("llama.attention.head_count_kv", 2)
-        .float("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        .text("tokenizer.ggml.model", "gpt2")
-        .text("tokenizer.ggml.pre", pre)
-        .texts("tokenizer.ggml.tokens", &["<s>", "a", "b", "1", "2", "ab", "12", "Ġ", "Ġa", "[PAD]"])
-        .numbers("tokenizer.ggml.token_type", &[3, 1, 1, 1, 1, 1, 1, 1, 1, 5])
-        .texts("tokenizer.ggml.merges", &["a b", "1 2", "Ġ a"])
-        .number("tokenizer.ggml.bos_token_id", 0)
-        .tensor("token_embd.weight", &[32, 10], 0, floats(320))
-        .tensor("output_norm.weight", &[32], 0, floats(32))
 }
 
 fn written(writer: &GgufWriter) -> tempfile::NamedTempFile {

@@ -1,0 +1,84 @@
+//! Hostile headers cost no more memory than they have bytes.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    fs,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use mesh_core::WeightFormat;
+use mesh_models::{Artifact, probe};
+
+/// Remembers the most bytes that were in use.
+struct Counting;
+
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is handed to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(now, Ordering::Relaxed);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// More than any of these files may cost, in bytes; far less than what they claim.
+const BOUND: usize = 2 << 20;
+
+fn peak_of(name: &str, format: WeightFormat, content: &[u8]) -> usize {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join(name);
+    fs::write(&path, content).unwrap();
+    let artifact = Artifact { name: "x".into(), root: root.path().to_owned(), weights: vec![path], format };
+    let before = NOW.load(Ordering::Relaxed);
+    PEAK.store(before, Ordering::Relaxed);
+    let result = probe(&artifact);
+    assert!(result.is_err(), "{result:?}");
+    PEAK.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn claims_are_not_allocated() {
+    let gguf = |counts: &[u64], rest: &[u8]| {
+        let counts: Vec<u8> = counts.iter().flat_map(|count| count.to_le_bytes()).collect();
+        [&b"GGUF\x03\0\0\0"[..], &counts, rest].concat()
+    };
+    let zeros = vec![0; 1 << 16];
+    let text = |length: u64| [&length.to_le_bytes()[..], &zeros].concat();
+    // A key `k` that is an array of 32-bit numbers, or of texts, with a huge count.
+    let array = |kind: u32, count: u64| {
+        let head = [&1u64.to_le_bytes()[..], b"k", &9u32.to_le_bytes(), &kind.to_le_bytes(), &count.to_le_bytes()];
+        [head.concat(), zeros.clone()].concat()
+    };
+    let cases = [
+        gguf(&[u64::MAX, 0], &zeros),
+        gguf(&[1 << 20, 0], &zeros),
+        gguf(&[0, u64::MAX], &zeros),
+        gguf(&[0, 1 << 16], &zeros),
+        gguf(&[0, 1], &text(1 << 16)),
+        gguf(&[0, 1], &text(u64::MAX)),
+        gguf(&[0, 1], &array(4, 1 << 40)),
+        gguf(&[0, 1], &array(8, 1 << 40)),
+        gguf(&[0, 1], &array(8, u64::MAX)),
+        gguf(&[1, 0], &text(1 << 30)),
+    ];
+    for (number, case) in cases.iter().enumerate() {
+        let peak = peak_of("m.gguf", WeightFormat::Gguf, case);
+        assert!(peak < BOUND, "GGUF {number} took {peak} bytes");
+    }
+    for length in [u64::MAX, 99_999_999, 100_000_001, 1 << 40] {
+        let content = [&length.to_le_bytes()[..], b"{}"].concat();
+        let peak = peak_of("model.safetensors", WeightFormat::Safetensors, &content);
+        assert!(peak < BOUND, "safetensors {length} took {peak} bytes");
+    }
+}
