@@ -7,9 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use mesh_core::{ProgressSink, WeightFormat, registry};
+use mesh_core::{ElectionError, ProgressSink, WeightFormat, registry};
 use mesh_llm::{
-    slots::{Observer, Starter, StoreLocate},
+    slots::{Observer, StartError, Starter, StoreLocate},
     voting::Electorate,
 };
 use mesh_models::{DEFAULT_MODEL, Store, StoreOptions, Want};
@@ -112,6 +112,28 @@ impl Setting {
         let store = Store::new(StoreOptions { cache: config.cache.clone(), offline })?;
         let electorate = Electorate::linked(settings)?;
         Ok(Self { config, store: Arc::new(store), electorate: Arc::new(electorate) })
+    }
+
+    /// The plan for a model, if its backend exists.
+    pub fn plan(&self, args: &ModelArgs) -> Result<ModelPlan, Failure> {
+        self.checked(ModelPlan::new(args, &self.config, |id| self.formats(id)))
+    }
+
+    /// The same for commands that take the model as an argument.
+    pub fn choose(&self, reference: String, choice: &ChoiceArgs) -> Result<ModelPlan, Failure> {
+        self.checked(ModelPlan::choose(reference, choice, &self.config, self.config.ctx, |id| self.formats(id)))
+    }
+
+    /// A backend that does not exist is an error before anything is downloaded.
+    fn checked(&self, plan: ModelPlan) -> Result<ModelPlan, Failure> {
+        match &plan.forced {
+            Some(name) if self.electorate.backend(name).is_none() => {
+                let known = self.electorate.backends().iter().map(|backend| backend.info().id).collect();
+                let error = ElectionError::UnknownBackend { name: name.clone(), known };
+                Err(Failure::from(&StartError::Election(error)))
+            }
+            _ => Ok(plan),
+        }
     }
 
     /// The weights a backend reads; none for a backend that does not exist.

@@ -145,13 +145,6 @@ impl Owner {
         let handle = model.handle.clone();
         let ended = Box::pin(async move { handle.ended().await });
         self.work = Work::Watching { ended, since: Instant::now() };
-        tracing::info!(
-            model = %model.profile.name,
-            backend = model.handle.backend.id,
-            device = %model.handle.device.kind,
-            context_tokens = model.handle.capabilities().context_tokens_max,
-            "ready"
-        );
         self.state.send_replace(SlotState::Ready(model.clone()));
         for reply in self.waiting.drain(..) {
             reply.send(Ok(model.clone())).ok();
@@ -164,13 +157,6 @@ impl Owner {
         self.failures = self.failures.saturating_add(1);
         let wait = backoff::delay(self.failures);
         let reason = Arc::new(error);
-        tracing::error!(
-            model = %self.starter.reference,
-            failures = self.failures,
-            retry_after_s = wait.as_secs(),
-            error = %reason,
-            "the model failed"
-        );
         let state =
             SlotState::Failed { failures: self.failures, reason: reason.clone(), retry_at: Instant::now() + wait };
         self.state.send_replace(state);

@@ -64,7 +64,7 @@ pub enum StartStep {
     Failed(Arc<StartError>),
 }
 
-/// Who is told how far a start has come. Must return quickly.
+/// Who is told how far a start has come, and with that who logs it. Must return quickly.
 pub type Observer = Arc<dyn Fn(&StartStep) + Send + Sync>;
 
 /// Everything needed to start one model, as often as it takes.

@@ -16,7 +16,7 @@ use crate::cli::{
     args::ChatArgs,
     failure::{Exit, Failure},
     output::{Output, report},
-    plan::{ModelPlan, Setting},
+    plan::Setting,
 };
 
 /// How long an engine may take to stop.
@@ -46,7 +46,7 @@ pub async fn run(args: ChatArgs, output: &Output) -> Result<(), Failure> {
 
 async fn here(args: &ChatArgs, output: &Output) -> Result<Partner, Failure> {
     let setting = Setting::new(&args.environment)?;
-    let plan = ModelPlan::new(&args.model, &setting.config, |id| setting.formats(id));
+    let plan = setting.plan(&args.model)?;
     let failed: Arc<std::sync::Mutex<Option<Failure>>> = Arc::default();
     let (said, noted) = (serve::observer(output.clone()), failed.clone());
     let observer = Arc::new(move |step: &StartStep| {

@@ -12,12 +12,12 @@ use crate::cli::{
     args::ExplainArgs,
     failure::{Exit, Failure},
     output::Output,
-    plan::{ModelPlan, Setting},
+    plan::Setting,
 };
 
 pub async fn run(args: ExplainArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::new(&args.environment)?;
-    let plan = ModelPlan::choose(args.model.clone(), &args.choice, &setting.config, None, |id| setting.formats(id));
+    let plan = setting.choose(args.model.clone(), &args.choice)?;
     let starter = setting.starter(&plan, output.progress(), Arc::new(|_| {}));
     let profile = starter.locate.locate(&starter.progress).await.map_err(|error| Failure::from(&error))?;
     let electorate = setting.electorate.clone();
@@ -105,7 +105,8 @@ fn as_text(profile: &ModelProfile, family: Family, votes: &Votes, outcome: &Resu
         };
         lines.push(head);
         lines.extend(reasons.iter().map(|reason| format!("  - {reason}")));
-        lines.extend(host.notes.iter().map(|note| format!("  - {note}")));
+        let new = host.notes.iter().filter(|note| !reasons.iter().any(|reason| reason.text == **note));
+        lines.extend(new.map(|note| format!("  - {note}")));
         lines.extend(hint.map(|hint| format!("  hint: {hint}")));
     }
     lines.push(String::new());

@@ -12,7 +12,7 @@ use crate::cli::{
     args::ServeArgs,
     failure::{Exit, Failure},
     output::{Output, bytes},
-    plan::{ModelPlan, Setting},
+    plan::Setting,
 };
 
 /// How long running requests may take once the server is told to stop.
@@ -20,7 +20,7 @@ const GRACE: Duration = Duration::from_secs(30);
 
 pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::new(&args.environment)?;
-    let plan = ModelPlan::new(&args.model, &setting.config, |id| setting.formats(id));
+    let plan = setting.plan(&args.model)?;
     let wanted = setting.address(args.host, args.port);
     // Bound before anything is loaded: a model takes its time, an address does not.
     let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
@@ -47,6 +47,9 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
             _ => {}
         }
         // From here on a failure is the next request's to repair.
+        while let Some(step) = outcomes.recv().await {
+            log(&step);
+        }
         std::future::pending().await
     };
     let outcome = tokio::select! {
@@ -122,6 +125,20 @@ pub(super) fn observer(output: Output) -> Observer {
         }
         StartStep::Ready(_) | StartStep::Failed(_) => {}
     })
+}
+
+/// What the log says of a start after the first.
+fn log(step: &StartStep) {
+    match step {
+        StartStep::Ready(model) => tracing::info!(
+            model = %model.profile.name,
+            backend = model.handle.backend.id,
+            context_tokens = model.handle.capabilities().context_tokens_max,
+            "ready again"
+        ),
+        StartStep::Failed(error) => tracing::error!(%error, "the model failed; the next request starts it again"),
+        StartStep::Locating { .. } | StartStep::Located(_) | StartStep::Elected(_) => {}
+    }
 }
 
 fn announce(output: &Output, address: SocketAddr, model: &str) {
