@@ -238,11 +238,11 @@ mod tests {
             ("o/r@v1.0", hub("o/r", None, Some("v1.0"), None)),
             ("o/r@refs/pr/3:Q8_0", hub("o/r", None, Some("refs/pr/3"), Some("Q8_0"))),
             ("o/r/sub/x.gguf@main", hub("o/r", Some("sub/x.gguf"), Some("main"), None)),
-            ("https://huggingface.co/o/r", hub("o/r", None, None, None)),
-            ("https://huggingface.co/o/r/tree/main/", hub("o/r", None, Some("main"), None)),
-            ("https://hf.co/o/r/blob/main/a/x.gguf", hub("o/r", Some("a/x.gguf"), Some("main"), None)),
+            ("https://huggingface.example/o/r", hub("o/r", None, None, None)),
+            ("https://huggingface.example/o/r/tree/main/", hub("o/r", None, Some("main"), None)),
+            ("https://hf.example/o/r/blob/main/a/x.gguf", hub("o/r", Some("a/x.gguf"), Some("main"), None)),
             (
-                "https://huggingface.co/o/r/resolve/refs%2Fpr%2F1/x%20y.gguf?download=true",
+                "https://huggingface.example/o/r/resolve/refs%2Fpr%2F1/x%20y.gguf?download=true",
                 hub("o/r", Some("x y.gguf"), Some("refs/pr/1"), None),
             ),
             ("./x", Reference::Path("./x".into())),
@@ -274,9 +274,9 @@ mod tests {
             ".git/config",
             "a--b/c",
             "https://example.org/o/r",
-            "https://huggingface.co/o",
-            "https://huggingface.co/o/r/resolve/main",
-            "https://huggingface.co/o/r/resolve/main/..%2f..%2fx",
+            "https://huggingface.example/o",
+            "https://huggingface.example/o/r/resolve/main",
+            "https://huggingface.example/o/r/resolve/main/..%2f..%2fx",
         ] {
             let parsed = parse(spelled);
             let path = matches!(parsed, Ok(Reference::Path(_))) && spelled.ends_with('/');
