@@ -61,3 +61,7 @@ impl StopFilter {
         Some((at, stop.clone()))
     }
 }
+
+#[cfg(test)]
+#[path = "stop_tests.rs"]
+mod tests;

@@ -2,6 +2,7 @@
 //!
 //! The template text is a stranger's program. Whatever it does, rendering ends in text or in a [`TemplateError`].
 
+mod generation;
 mod json;
 mod methods;
 mod number;
@@ -11,17 +12,19 @@ use std::{error::Error as _, fmt, io};
 
 use chrono::NaiveDateTime;
 use mesh_core::error::TemplateError;
-use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig};
+use minijinja::{Environment, Error, ErrorKind, State, Value, syntax::SyntaxConfig};
 use serde_json::Map;
 
 /// Work one rendering may do, in minijinja's fuel: an instruction costs 1, data 1 for 64 bytes, JSON 1 for 4 bytes.
-/// A few seconds at worst, and far above what a full context of a million tokens takes.
-pub const FUEL_MAX: u64 = 16_000_000;
+/// That is under a second, 256 MB of data, and several times what a context of a million tokens takes.
+pub const FUEL_MAX: u64 = 4_000_000;
 /// Longest rendered prompt, in bytes.
 pub const OUTPUT_BYTES_MAX: usize = 64 << 20;
 /// Longest template, in bytes. Published ones stay below 100 KB.
 pub const SOURCE_BYTES_MAX: usize = 4 << 20;
 
+/// Longest format of a date, in bytes.
+const FORMAT_BYTES_MAX: usize = 1 << 10;
 const NAME: &str = "chat_template";
 
 /// A compiled chat template.
@@ -72,7 +75,7 @@ impl Template {
         environment.add_filter("tojson", json::tojson);
         environment.add_function("raise_exception", raise_exception);
         environment
-            .add_template_owned(NAME, generation_blocks(source))
+            .add_template_owned(NAME, generation::plain_blocks(source))
             .map_err(|error| TemplateError::Syntax { what: describe(&error) })?;
         Ok(Self { environment })
     }
@@ -107,6 +110,10 @@ fn context(input: &TemplateInput<'_>) -> Value {
 
 fn strftime(now: NaiveDateTime, format: &str) -> Result<String, Error> {
     use fmt::Write;
+    if format.len() > FORMAT_BYTES_MAX {
+        let what = format!("strftime_now: the format has more than {FORMAT_BYTES_MAX} bytes");
+        return Err(Error::new(ErrorKind::InvalidOperation, what));
+    }
     let mut text = String::new();
     // chrono reports a directive it does not know as a formatting error.
     write!(text, "{}", now.format(format)).map_err(|_| {
@@ -127,8 +134,8 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-fn raise_exception(message: Value) -> Result<Value, Error> {
-    let message = python::to_str(&message);
+fn raise_exception(state: &State, message: Value) -> Result<Value, Error> {
+    let message = python::to_str(state, &message)?;
     Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Refusal(message)))
 }
 
@@ -155,38 +162,6 @@ fn describe(error: &Error) -> String {
         cause = this.source();
     }
     what
-}
-
-/// `{% generation %}` marks the assistant's words for training. transformers has an extension for it; minijinja takes
-/// no new tags, so the tag alone is replaced by one that renders and scopes the same: `{% with %}`.
-fn generation_blocks(source: &str) -> String {
-    let mut output = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        // A comment may mention tags.
-        if let Some(comment) = rest[..at].find("{#")
-            && let Some(end) = rest[comment..].find("#}")
-        {
-            let (skipped, after) = rest.split_at(comment + end + 2);
-            output.push_str(skipped);
-            rest = after;
-            continue;
-        }
-        let (before, tag) = rest.split_at(at + 2);
-        output.push_str(before);
-        let name = tag.trim_start_matches(['-', '+']).trim_start();
-        let word = name.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("");
-        let replacement = match word {
-            "generation" => "with",
-            "endgeneration" => "endwith",
-            _ => word,
-        };
-        output.push_str(&tag[..tag.len() - name.len()]);
-        output.push_str(replacement);
-        rest = &name[word.len()..];
-    }
-    output.push_str(rest);
-    output
 }
 
 /// Refuses to grow past [`OUTPUT_BYTES_MAX`].

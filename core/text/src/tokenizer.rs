@@ -173,4 +173,14 @@ impl Tokenizer {
         let added = self.inner.get_added_vocabulary();
         added.simple_id_to_token(id).or_else(|| self.inner.id_to_token(id))
     }
+
+    /// The crate's own tokenizer, to compare with.
+    #[cfg(test)]
+    pub(crate) fn inner_for_tests(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
 }
+
+#[cfg(test)]
+#[path = "tokenizer_tests.rs"]
+mod tests;

@@ -9,7 +9,7 @@ use minijinja::{
 
 use super::{
     number::float_repr,
-    python::{self, type_error},
+    python::{self, Budget, type_error},
 };
 
 /// A JSON value as templates see it, keys in their order.
@@ -49,7 +49,8 @@ pub fn tojson(
         None => ((if indent.is_some() { "," } else { ", " }).to_owned(), ": ".to_owned()),
     };
     let sort_keys = sort_keys.unwrap_or(false);
-    let writer = Writer { ensure_ascii: ensure_ascii.unwrap_or(false), indent, item, key, sort_keys };
+    let writer =
+        Writer { budget: Budget::of(state), ensure_ascii: ensure_ascii.unwrap_or(false), indent, item, key, sort_keys };
     let mut output = String::new();
     writer.value(value, 0, &mut output)?;
     python::charge(state, output.len())?;
@@ -74,14 +75,17 @@ fn indent_text(indent: &Value) -> Result<String, Error> {
 fn pair(separators: &Value) -> Result<(String, String), Error> {
     let parts: Vec<Value> = separators.try_iter()?.take(3).collect();
     match parts.as_slice() {
-        [item, key] if item.as_str().is_some() && key.as_str().is_some() => {
-            Ok((python::to_str(item), python::to_str(key)))
-        }
+        [item, key] if item.as_str().is_some() && key.as_str().is_some() => Ok((text(item), text(key))),
         _ => Err(type_error("tojson: separators has to be a pair of strings")),
     }
 }
 
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
 struct Writer {
+    budget: Budget,
     ensure_ascii: bool,
     indent: Option<String>,
     item: String,
@@ -94,6 +98,7 @@ impl Writer {
         if depth > python::DEPTH_MAX {
             return Err(type_error("tojson: the value is nested too deeply"));
         }
+        self.budget.spend(value.as_str().map_or(0, str::len))?;
         match value.kind() {
             ValueKind::None => output.push_str("null"),
             ValueKind::Bool => output.push_str(if value.is_true() { "true" } else { "false" }),
@@ -107,6 +112,7 @@ impl Writer {
                 let mut pairs = Vec::new();
                 for name in value.try_iter()?.checked() {
                     let name = name?;
+                    self.budget.spend(name.as_str().map_or(0, str::len))?;
                     let item = value.get_item(&name)?;
                     pairs.push((key_text(&name)?, item));
                 }
@@ -139,21 +145,23 @@ impl Writer {
                 output.push_str(&self.item);
             }
             empty = false;
-            self.newline(depth + 1, output);
+            self.newline(depth + 1, output)?;
             write(item?, output)?;
         }
         if !empty {
-            self.newline(depth, output);
+            self.newline(depth, output)?;
         }
         output.push(close);
         Ok(())
     }
 
-    fn newline(&self, depth: usize, output: &mut String) {
+    fn newline(&self, depth: usize, output: &mut String) -> Result<(), Error> {
         if let Some(indent) = &self.indent {
+            self.budget.spend(depth * indent.len())?;
             output.push('\n');
             (0..depth).for_each(|_| output.push_str(indent));
         }
+        Ok(())
     }
 
     fn string(&self, text: &str, output: &mut String) {
@@ -195,7 +203,7 @@ fn number(value: &Value) -> String {
 
 fn key_text(key: &Value) -> Result<String, Error> {
     match key.kind() {
-        ValueKind::String => Ok(python::to_str(key)),
+        ValueKind::String => Ok(text(key)),
         ValueKind::None => Ok("null".into()),
         ValueKind::Bool => Ok((if key.is_true() { "true" } else { "false" }).into()),
         ValueKind::Number => Ok(number(key)),

@@ -6,13 +6,13 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat;
 
-use super::python::{self, is_space, type_error};
+use super::python::{self, Budget, is_space, type_error};
 
 /// Calls `value.method(*arguments)`.
 pub fn call(state: &mut State, value: &Value, method: &str, arguments: &[Value]) -> Result<Value, Error> {
     let ours = match value.kind() {
-        ValueKind::String => string(value.as_str().unwrap_or_default(), method, arguments)?,
-        ValueKind::Seq | ValueKind::Iterable => list(value, method, arguments)?,
+        ValueKind::String => string(state, value.as_str().unwrap_or_default(), method, arguments)?,
+        ValueKind::Seq | ValueKind::Iterable => list(state, value, method, arguments)?,
         ValueKind::Map => dict(value, method, arguments)?,
         _ => None,
     };
@@ -22,7 +22,7 @@ pub fn call(state: &mut State, value: &Value, method: &str, arguments: &[Value])
     }
 }
 
-fn string(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+fn string(state: &State, text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     Ok(Some(match method {
         "strip" | "lstrip" | "rstrip" => {
             let (characters,): (Option<Value>,) = from_args(arguments)?;
@@ -74,12 +74,65 @@ fn string(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>
             let at = text.find(what).ok_or_else(|| type_error("index: substring not found"))?;
             Value::from(text[..at].chars().count())
         }
+        "startswith" | "endswith" => {
+            let (what,): (&Value,) = from_args(arguments)?;
+            let matches = |what: &Value| -> Result<bool, Error> {
+                let what = required_str(what)?;
+                Ok(if method == "startswith" { text.starts_with(what) } else { text.ends_with(what) })
+            };
+            let several: Vec<Value> = if what.is_tuple() { what.try_iter()?.collect() } else { vec![what.clone()] };
+            let mut any = false;
+            for what in &several {
+                any |= matches(what)?;
+            }
+            Value::from(any)
+        }
+        "join" => {
+            let (items,): (&Value,) = from_args(arguments)?;
+            let budget = Budget::of(state);
+            let mut joined = String::new();
+            for (index, item) in items.try_iter()?.checked().enumerate() {
+                let item = item?;
+                let item = required_str(&item)?;
+                budget.spend(text.len() + item.len())?;
+                joined.push_str(if index > 0 { text } else { "" });
+                joined.push_str(item);
+            }
+            Value::from(joined)
+        }
+        "replace" => {
+            let (old, new, limit): (&str, &str, Option<i64>) = from_args(arguments)?;
+            let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+            let count = text.matches(old).count().min(limit);
+            Budget::of(state).spend(text.len().saturating_add(count.saturating_mul(new.len())))?;
+            Value::from(text.replacen(old, new, limit))
+        }
+        "format" => {
+            // The formatting itself keeps no account of what it is given, nor of how wide it is asked to be.
+            if widest_field(text) > WIDTH_MAX {
+                return Err(type_error(format!("format: a field is wider than {WIDTH_MAX} characters")));
+            }
+            for argument in arguments {
+                python::to_str(state, argument)?;
+            }
+            return Ok(None);
+        }
         "casefold" => {
             let () = from_args(arguments)?;
             Value::from(text.to_lowercase())
         }
         _ => return Ok(None),
     }))
+}
+
+/// Widest field, and most decimals, of `str.format`, in characters.
+const WIDTH_MAX: usize = 1000;
+
+/// The largest number in the format specifications (`{name:>20.3f}`) of a format string.
+fn widest_field(format: &str) -> usize {
+    let fields = format.split('{').skip(1).filter_map(|field| Some(field.split('}').next()?.split_once(':')?.1));
+    let numbers = fields.flat_map(|spec| spec.split(|c: char| !c.is_ascii_digit()));
+    numbers.filter(|digits| !digits.is_empty()).map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
 }
 
 fn required_str(value: &Value) -> Result<&str, Error> {
@@ -122,16 +175,28 @@ fn rsplit<'a>(text: &'a str, separator: Option<&str>, limit: Option<usize>) -> V
     words
 }
 
-fn list(value: &Value, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+fn list(state: &State, value: &Value, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     Ok(Some(match method {
         "index" => {
             let (what,): (&Value,) = from_args(arguments)?;
-            let mut items = value.try_iter()?;
-            Value::from(items.position(|item| item == *what).ok_or_else(|| type_error("index: not in the list"))?)
+            let budget = Budget::of(state);
+            for (index, item) in value.try_iter()?.checked().enumerate() {
+                budget.spend(1)?;
+                if item? == *what {
+                    return Ok(Some(Value::from(index)));
+                }
+            }
+            return Err(type_error("index: not in the list"));
         }
         "count" => {
             let (what,): (&Value,) = from_args(arguments)?;
-            Value::from(value.try_iter()?.filter(|item| item == what).count())
+            let budget = Budget::of(state);
+            let mut count = 0;
+            for item in value.try_iter()?.checked() {
+                budget.spend(1)?;
+                count += u64::from(item? == *what);
+            }
+            Value::from(count)
         }
         "copy" => {
             let () = from_args(arguments)?;

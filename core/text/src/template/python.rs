@@ -1,13 +1,10 @@
 //! Where Jinja in Python differs from minijinja: how values print, and what some tests and filters mean.
 
-use std::fmt::Write;
+use std::{cell::Cell, fmt::Write};
 
-use minijinja::{
-    Environment, Error, ErrorKind, Output, State, Value, escape_formatter,
-    value::{Rest, ValueKind},
-};
+use minijinja::{Environment, Error, ErrorKind, Output, State, Value, escape_formatter, value::ValueKind};
 
-use super::number::float_repr;
+use super::{OUTPUT_BYTES_MAX, number::float_repr};
 
 /// Values nested deeper than this don't print; nothing JSON on the wire gets there.
 pub const DEPTH_MAX: usize = 200;
@@ -25,9 +22,34 @@ pub fn install(environment: &mut Environment<'_>) {
     environment.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
 }
 
-/// Charges a rendering for text made outside of minijinja's own accounting, as minijinja charges for JSON.
+/// What a filter or method may still produce. Values can be lazy and far larger than the memory they take, and
+/// minijinja's own accounting does not see what happens inside of our functions.
+pub struct Budget {
+    bytes: Cell<usize>,
+}
+
+impl Budget {
+    /// What the rendering's fuel still pays for.
+    pub fn of(state: &State) -> Self {
+        let fuel = state.fuel_levels().map_or(0, |(_, remaining)| remaining);
+        let bytes = usize::try_from(fuel.saturating_mul(BYTES_PER_FUEL)).unwrap_or(usize::MAX);
+        Self { bytes: Cell::new(bytes.min(OUTPUT_BYTES_MAX)) }
+    }
+
+    /// Takes note of bytes before they are produced. A value of any size counts for one at least.
+    pub fn spend(&self, bytes: usize) -> Result<(), Error> {
+        let left = self.bytes.get().checked_sub(bytes.max(1)).ok_or_else(|| Error::from(ErrorKind::OutOfFuel))?;
+        self.bytes.set(left);
+        Ok(())
+    }
+}
+
+/// Bytes of text made from values that one unit of fuel pays for: what minijinja charges for JSON.
+const BYTES_PER_FUEL: u64 = 4;
+
+/// Charges a rendering for text made by our functions.
 pub fn charge(state: &State, bytes: usize) -> Result<(), Error> {
-    state.consume_fuel(bytes as u64 / 4)
+    state.consume_fuel(bytes as u64 / BYTES_PER_FUEL)
 }
 
 fn prints_differently(value: &Value) -> bool {
@@ -38,22 +60,15 @@ fn format(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Erro
     if !prints_differently(value) {
         return escape_formatter(out, state, value);
     }
-    let text = to_str(value);
-    charge(state, text.len())?;
-    out.write_str(&text).map_err(Error::from)
+    out.write_str(&to_str(state, value)?).map_err(Error::from)
 }
 
 fn string(state: &State, value: Value) -> Result<Value, Error> {
-    if value.kind() == ValueKind::String {
-        return Ok(value);
-    }
-    let text = to_str(&value);
-    charge(state, text.len())?;
-    Ok(Value::from(text))
+    if value.kind() == ValueKind::String { Ok(value) } else { to_str(state, &value).map(Value::from) }
 }
 
-fn trim(value: &Value, characters: Option<&str>, _rest: Rest<Value>) -> String {
-    strip(&to_str(value), characters, true, true).to_owned()
+fn trim(state: &State, value: &Value, characters: Option<&str>) -> Result<String, Error> {
+    Ok(strip(&to_str(state, value)?, characters, true, true).to_owned())
 }
 
 /// `str.strip` and its halves.
@@ -73,24 +88,25 @@ pub fn is_float(value: &Value) -> bool {
     value.kind() == ValueKind::Number && !value.is_integer()
 }
 
-/// `str(value)`.
-pub fn to_str(value: &Value) -> String {
-    match value.as_str() {
-        Some(text) => text.to_owned(),
-        None if value.is_undefined() => String::new(),
-        None => {
-            let mut output = String::new();
-            repr(value, 0, &mut output);
-            output
-        }
+/// `str(value)`, charged for.
+pub fn to_str(state: &State, value: &Value) -> Result<String, Error> {
+    if let Some(text) = value.as_str() {
+        return Ok(text.to_owned());
     }
+    if value.is_undefined() {
+        return Ok(String::new());
+    }
+    let mut output = String::new();
+    repr(value, 0, &Budget::of(state), &mut output)?;
+    charge(state, output.len())?;
+    Ok(output)
 }
 
-fn repr(value: &Value, depth: usize, output: &mut String) {
+fn repr(value: &Value, depth: usize, budget: &Budget, output: &mut String) -> Result<(), Error> {
     if depth > DEPTH_MAX {
-        output.push_str("...");
-        return;
+        return Err(type_error("the value is nested too deeply to print"));
     }
+    let before = output.len();
     match value.kind() {
         ValueKind::String => string_repr(value.as_str().unwrap_or_default(), output),
         ValueKind::Undefined => output.push_str("Undefined"),
@@ -100,25 +116,23 @@ fn repr(value: &Value, depth: usize, output: &mut String) {
         },
         ValueKind::Map => {
             output.push('{');
-            for (index, key) in value.try_iter().into_iter().flatten().enumerate() {
-                if index > 0 {
-                    output.push_str(", ");
-                }
-                repr(&key, depth + 1, output);
+            for (index, key) in value.try_iter()?.checked().enumerate() {
+                let key = key?;
+                output.push_str(if index > 0 { ", " } else { "" });
+                repr(&key, depth + 1, budget, output)?;
                 output.push_str(": ");
-                repr(&value.get_item(&key).unwrap_or_default(), depth + 1, output);
+                repr(&value.get_item(&key)?, depth + 1, budget, output)?;
             }
             output.push('}');
+            return budget.spend(1);
         }
         ValueKind::Seq | ValueKind::Iterable => {
             let tuple = value.is_tuple();
             output.push(if tuple { '(' } else { '[' });
-            let mut count = 0;
-            for item in value.try_iter().into_iter().flatten() {
-                if count > 0 {
-                    output.push_str(", ");
-                }
-                repr(&item, depth + 1, output);
+            let mut count = 0_usize;
+            for item in value.try_iter()?.checked() {
+                output.push_str(if count > 0 { ", " } else { "" });
+                repr(&item?, depth + 1, budget, output)?;
                 count += 1;
             }
             output.push_str(match (tuple, count) {
@@ -126,9 +140,11 @@ fn repr(value: &Value, depth: usize, output: &mut String) {
                 (true, _) => ")",
                 (false, _) => "]",
             });
+            return budget.spend(1);
         }
         _ => output.push_str(&value.to_string()),
     }
+    budget.spend(output.len() - before)
 }
 
 fn string_repr(text: &str, output: &mut String) {
