@@ -1,7 +1,7 @@
 //! Every golden of a family that is linked, against its reference.
 
 use conformance::shared::shared;
-use mesh_backend_mlx::verify::verify;
+use mesh_backend_mlx::verify::{Comparison, Precision, verify};
 use mesh_core::{DeviceKind, WeightFormat, registry};
 use mesh_families as _;
 use mesh_models::{Artifact, probe};
@@ -27,7 +27,13 @@ fn goldens_pass() {
         };
         let profile = probe(&artifact).unwrap_or_else(|error| panic!("{name}: {error}"));
         let family = registry::family_of(families, &profile);
-        let checks = verify(&profile, family, DeviceKind::Cpu, 2e-4).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let comparison = Comparison {
+            device: DeviceKind::Cpu,
+            precision: Precision::Exact,
+            kernels: true,
+            tolerance: 2e-4,
+        };
+        let checks = verify(&profile, family, comparison).unwrap_or_else(|error| panic!("{name}: {error}"));
         for check in checks {
             println!("{name:16} {:36} {:.1e} {}", check.name, check.max_abs_diff, check.fault.unwrap_or_default());
             if !check.passed {
