@@ -89,5 +89,5 @@ pub fn claims(family: &dyn ModelFamily, profile: &ModelProfile) -> bool {
     }
     let (Some(names), Some(print)) = (&profile.tensor_names, family.fingerprint()) else { return false };
     let has = |ending: &&str| names.value.iter().any(|name| name.ends_with(ending));
-    print.required.iter().all(|ending| has(ending)) && !print.forbidden.iter().any(|ending| has(ending))
+    print.required.iter().all(&has) && !print.forbidden.iter().any(has)
 }
