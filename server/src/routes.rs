@@ -46,7 +46,15 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
             .and(for_generation.clone())
             .then(move |headers: HeaderMap, stream, slots: Arc<Slots>| async move {
                 generated(kind, headers, stream, &slots).await.unwrap_or_else(|error: ApiError| {
-                    tracing::info!(path, status = error.status().as_u16(), error = %error.body().error.message, "refused");
+                    // Not the message: it may quote what was sent.
+                    let object = error.body().error;
+                    tracing::info!(
+                        path,
+                        status = error.status().as_u16(),
+                        code = object.code,
+                        param = object.param,
+                        "refused"
+                    );
                     error.into_response()
                 })
             })

@@ -92,10 +92,12 @@ impl Output {
         let key = format!("{verb} {what}");
         if !self.drawn {
             if over {
-                shown.insert(key, ProgressBar::hidden());
-            } else if !shown.contains_key(&key) {
-                self.step(verb, what);
-                shown.insert(key, ProgressBar::hidden());
+                shown.remove(&key);
+            } else {
+                shown.entry(key).or_insert_with(|| {
+                    self.step(verb, what);
+                    ProgressBar::hidden()
+                });
             }
             return;
         }

@@ -24,7 +24,7 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 /// What the owner works on besides its inbox.
 enum Work {
     Idle,
-    Starting(JoinHandle<Result<ServedModel, StartError>>),
+    Starting(JoinHandle<Result<Arc<ServedModel>, StartError>>),
     Watching { ended: Pin<Box<dyn Future<Output = EngineState> + Send>>, since: Instant },
 }
 
@@ -60,7 +60,7 @@ pub(super) async fn own(starter: Starter, state: watch::Sender<SlotState>, mut i
 }
 
 enum Outcome {
-    Started(Result<ServedModel, StartError>),
+    Started(Result<Arc<ServedModel>, StartError>),
     Ended(EngineState),
 }
 
@@ -140,8 +140,7 @@ impl Owner {
         self.work = Work::Starting(tokio::spawn(async move { starter.start().await }));
     }
 
-    fn started(&mut self, model: ServedModel) {
-        let model = Arc::new(model);
+    fn started(&mut self, model: Arc<ServedModel>) {
         let handle = model.handle.clone();
         let ended = Box::pin(async move { handle.ended().await });
         self.work = Work::Watching { ended, since: Instant::now() };

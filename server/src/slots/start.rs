@@ -101,7 +101,7 @@ impl Starter {
     }
 
     /// Gets the model ready. Dropping the future abandons the start.
-    pub async fn start(&self) -> Result<ServedModel, StartError> {
+    pub async fn start(&self) -> Result<Arc<ServedModel>, StartError> {
         (self.observer)(&StartStep::Locating { reference: self.reference.clone() });
         let profile = Arc::new(self.locate.locate(&self.progress).await?);
         (self.observer)(&StartStep::Located(profile.clone()));
@@ -129,9 +129,9 @@ impl Starter {
             settings: self.electorate.settings(id),
         };
         let handle = backend.load(plan, self.progress.clone()).await?;
-        tokio::task::spawn_blocking(move || ServedModel::new(profile, voice, handle))
+        let model = tokio::task::spawn_blocking(move || ServedModel::new(profile, voice, handle))
             .await
-            .map_err(|_| StartError::Panicked { what: "reading the tokenizer" })?
-            .map_err(StartError::from)
+            .map_err(|_| StartError::Panicked { what: "reading the tokenizer" })??;
+        Ok(Arc::new(model))
     }
 }

@@ -115,9 +115,10 @@ pub(super) fn observer(output: Output) -> Observer {
             output.step("found", format_args!("{} ({}, {weights})", profile.root.display(), profile.format.value));
         }
         StartStep::Elected(elected) => {
-            let reasons: Vec<_> = elected.offer.reasons.iter().map(ToString::to_string).collect();
+            // The first reason is the one that decided; `explain` gives them all.
+            let reason = elected.offer.reasons.first().map(|reason| format!(": {reason}")).unwrap_or_default();
             let device = &elected.offer.device;
-            let text = format!("{} on {} ({}): {}", elected.backend.id, device.name, device.kind, reasons.join("; "));
+            let text = format!("{} on {} ({}){reason}", elected.backend.id, device.name, device.kind);
             output.step("backend", text);
             if let Some(notice) = elected.notice {
                 noticed.call_once(|| output.notice(notice));
