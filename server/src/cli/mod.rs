@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use args::{Cli, Command};
+use args::{Cli, Command, LogFormat};
 use failure::{Exit, Failure};
 use output::{LOG_QUIET, LOG_SERVING, Output};
 
@@ -22,11 +22,17 @@ use output::{LOG_QUIET, LOG_SERVING, Output};
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let serving = matches!(cli.command, None | Some(Command::Serve(_)));
+    let log_format = cli.output.log_format;
     let output = Output::set_up(cli.output, if serving { LOG_SERVING } else { LOG_QUIET });
     match run(cli, &output) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::report(&failure);
+            match log_format {
+                LogFormat::Text => output::report(&failure),
+                LogFormat::Json => {
+                    tracing::error!(hint = failure.hint, exit = failure.exit as u8, "{}", failure.message)
+                }
+            }
             ExitCode::from(failure.exit as u8)
         }
     }
