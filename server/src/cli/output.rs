@@ -109,10 +109,12 @@ impl Output {
             return;
         }
         let bar = shown.entry(key).or_insert_with(|| {
-            let bar = self.bars.add(ProgressBar::no_length());
-            bar.set_style(bar_style(progress.total.is_some(), bytes));
-            bar.set_prefix(format!("{verb:>9}"));
-            bar.set_message(what.clone());
+            // Complete before it is added, which draws it.
+            let bar = ProgressBar::no_length()
+                .with_style(bar_style(progress.total.is_some(), bytes))
+                .with_prefix(format!("{verb:>9}"))
+                .with_message(what.clone());
+            let bar = self.bars.add(bar);
             bar.enable_steady_tick(std::time::Duration::from_millis(120));
             bar
         });
