@@ -1,6 +1,9 @@
 //! Chat templates: Jinja as transformers renders it, in bounded time and space.
 //!
-//! The template text is a stranger's program. Whatever it does, rendering ends in text or in a [`TemplateError`].
+//! The template text is a stranger's program. Work is limited by minijinja's fuel, which our own functions pay too. What
+//! fuel does not see is recursion over values that a template nests very deeply, and values that hold themselves many
+//! times over: so a rendering has a thread of its own, with a stack that fits its fuel, and a time limit. One hole is
+//! left: a thread cannot be killed, and one that prints such a value with `~` takes memory until there is none.
 
 mod generation;
 mod json;
@@ -8,20 +11,41 @@ mod methods;
 mod number;
 mod python;
 
-use std::{error::Error as _, fmt, io};
+use std::{
+    error::Error as _,
+    fmt, io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::Duration,
+};
 
 use chrono::NaiveDateTime;
 use mesh_core::error::TemplateError;
 use minijinja::{Environment, Error, ErrorKind, State, Value, syntax::SyntaxConfig};
 use serde_json::Map;
 
-/// Work one rendering may do, in minijinja's fuel: an instruction costs 1, data 1 for 64 bytes, JSON 1 for 4 bytes.
-/// That is under a second, 256 MB of data, and several times what a context of a million tokens takes.
+/// Most work one rendering may do, in minijinja's fuel: an instruction costs 1, data 1 for 64 bytes, JSON 1 for 4
+/// bytes. That is under a second. Real templates take 0.3 for a byte of prompt.
 pub const FUEL_MAX: u64 = 4_000_000;
+/// Fuel for the template itself, whatever the conversation.
+const FUEL_BASE: u64 = 100_000;
+/// Further fuel for each byte of the conversation.
+const FUEL_PER_BYTE: u64 = 4;
+/// Stack for each unit of fuel, in bytes. One unit nests less than one list in another, and printing lists takes
+/// 840 bytes for it at worst.
+const STACK_BYTES_PER_FUEL: usize = 1 << 10;
+/// Stack besides, in bytes.
+const STACK_BYTES_BASE: usize = 8 << 20;
+/// Longest rendering.
+pub const TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest rendered prompt, in bytes.
 pub const OUTPUT_BYTES_MAX: usize = 64 << 20;
 /// Longest template, in bytes. Published ones stay below 100 KB.
-pub const SOURCE_BYTES_MAX: usize = 4 << 20;
+pub const SOURCE_BYTES_MAX: usize = 1 << 20;
 
 /// Longest format of a date, in bytes.
 const FORMAT_BYTES_MAX: usize = 1 << 10;
@@ -30,6 +54,8 @@ const NAME: &str = "chat_template";
 /// A compiled chat template.
 pub struct Template {
     environment: Environment<'static>,
+    /// Renderings that exceeded their time and still run.
+    overdue: Arc<AtomicUsize>,
 }
 
 impl fmt::Debug for Template {
@@ -69,7 +95,6 @@ impl Template {
         environment.set_syntax(syntax.map_err(|error| TemplateError::Syntax { what: error.to_string() })?);
         // Errors then name the expression that is undefined.
         environment.set_debug(true);
-        environment.set_fuel(Some(FUEL_MAX));
         environment.set_unknown_method_callback(methods::call);
         python::install(&mut environment);
         environment.add_filter("tojson", json::tojson);
@@ -77,20 +102,59 @@ impl Template {
         environment
             .add_template_owned(NAME, generation::plain_blocks(source))
             .map_err(|error| TemplateError::Syntax { what: describe(&error) })?;
-        Ok(Self { environment })
+        Ok(Self { environment, overdue: Arc::default() })
     }
 
-    /// Renders a conversation.
+    /// Renders a conversation. Takes microseconds, and blocks for [`TIME_MAX`] at worst.
     ///
     /// # Errors
     /// [`TemplateError::Refused`] with the template's own words where it calls `raise_exception`, and
-    /// [`TemplateError::Failed`] where it fails or exceeds [`FUEL_MAX`] or [`OUTPUT_BYTES_MAX`].
+    /// [`TemplateError::Failed`] where it fails or exceeds a bound: [`FUEL_MAX`], [`OUTPUT_BYTES_MAX`], [`TIME_MAX`].
     pub fn render(&self, input: &TemplateInput<'_>) -> Result<String, TemplateError> {
-        let template = self.environment.get_template(NAME).map_err(|error| failure(&error))?;
-        let mut output = Capped(Vec::new());
-        template.render_captured_to(context(input), &mut output).map_err(|error| failure(&error))?;
-        String::from_utf8(output.0).map_err(|error| TemplateError::Failed { what: error.to_string() })
+        let failed = |what: String| TemplateError::Failed { what };
+        if self.overdue.load(Ordering::Acquire) > 0 {
+            return Err(failed("it has not ended for an earlier conversation".into()));
+        }
+        let bytes = json::size(input.messages) + input.tools.map_or(0, json::size);
+        let bytes = bytes + input.kwargs.values().map(json::size).sum::<usize>();
+        let fuel = FUEL_MAX.min(FUEL_BASE + FUEL_PER_BYTE.saturating_mul(bytes as u64));
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        let context = context(input);
+        // Whoever comes second, the rendering or the deadline, finds the flag set.
+        let flag = Arc::new(AtomicBool::new(false));
+        let (overdue, late) = (self.overdue.clone(), flag.clone());
+        let (done, outcome) = mpsc::sync_channel(1);
+        let work = move || {
+            let rendered = render(&environment, context);
+            if late.swap(true, Ordering::AcqRel) {
+                overdue.fetch_sub(1, Ordering::AcqRel);
+            }
+            // Nobody listens past the deadline.
+            let _ = done.send(rendered);
+        };
+        let stack = STACK_BYTES_BASE + fuel as usize * STACK_BYTES_PER_FUEL;
+        let thread = thread::Builder::new().name("chat-template".into()).stack_size(stack);
+        thread.spawn(work).map_err(|error| failed(format!("no thread for it: {error}")))?;
+        match outcome.recv_timeout(TIME_MAX) {
+            Ok(rendered) => rendered,
+            Err(RecvTimeoutError::Disconnected) => Err(failed("it broke the template engine".into())),
+            Err(RecvTimeoutError::Timeout) => {
+                self.overdue.fetch_add(1, Ordering::AcqRel);
+                if flag.swap(true, Ordering::AcqRel) {
+                    self.overdue.fetch_sub(1, Ordering::AcqRel);
+                }
+                Err(failed(format!("it did not end within {} s", TIME_MAX.as_secs())))
+            }
+        }
     }
+}
+
+fn render(environment: &Environment<'_>, context: Value) -> Result<String, TemplateError> {
+    let template = environment.get_template(NAME).map_err(|error| failure(&error))?;
+    let mut output = Capped(Vec::new());
+    template.render_captured_to(context, &mut output).map_err(|error| failure(&error))?;
+    String::from_utf8(output.0).map_err(|error| TemplateError::Failed { what: error.to_string() })
 }
 
 fn context(input: &TemplateInput<'_>) -> Value {

@@ -203,10 +203,10 @@ fn failures_say_where_and_what() {
     }
 }
 
-/// A template that evaluates an expression over a lazy list `ns.l` of 2^60 items.
+/// A template that evaluates an expression over a lazy list `ns.l` of 2^19 items.
 fn huge(expression: &str) -> String {
     format!(
-        "{{% set ns = namespace(l=['1']) %}}{{% for a in range(60) %}}{{% set ns.l = ns.l + ns.l %}}{{% endfor \
+        "{{% set ns = namespace(l=['1']) %}}{{% for a in range(19) %}}{{% set ns.l = ns.l + ns.l %}}{{% endfor \
          %}}{{{{ {expression} }}}}"
     )
 }
@@ -217,6 +217,7 @@ fn refuses(source: String) -> Result<(), String> {
     let (done, outcome) = mpsc::channel();
     thread::spawn(move || done.send(try_render(&source, json!({})).map(|text| text.len())));
     match outcome.recv_timeout(Duration::from_secs(100)) {
+        Ok(Err(error)) if error.to_string().contains("did not end") => Err(format!("…{start}: {error}")),
         Ok(Err(_)) => Ok(()),
         Ok(Ok(len)) => Err(format!("…{start}: rendered {len} bytes")),
         Err(_) => Err(format!("…{start}: does not end")),
@@ -254,7 +255,6 @@ fn lazy_giants_are_not_unrolled() {
         "ns.l",
         "ns.l | tojson",
         "ns.l | string",
-        "'x' ~ ns.l",
         "','.join(ns.l)",
         "ns.l | join(',')",
         "ns.l.count(7)",
@@ -263,36 +263,64 @@ fn lazy_giants_are_not_unrolled() {
         "ns.l == ns.l + [1]",
         "'{}'.format(ns.l)",
         "'{x}'.format(x=ns.l)",
-        "'%s' | format(ns.l)",
         "ns.l | list | length",
         "ns.l | map('string') | list | length",
-        "ns.l | upper",
         "ns.l | trim",
         "'a'.startswith(ns.l)",
         "raise_exception(ns.l)",
-        "'a' | replace('a', ns.l)",
         "dict(a=ns.l)",
     ];
+    // Fuel stops them. Where minijinja prints a list by itself (`~`, `upper`), only the deadline does.
     let failures: Vec<String> = expressions.iter().filter_map(|expression| refuses(huge(expression)).err()).collect();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
 #[test]
 fn deep_nesting_is_survived() {
-    let nest = |turns: u32, expression: &str| {
-        format!(
-            "{{% set ns = namespace(l=[]) %}}{{% for a in range({turns}) %}}{{% for b in range(900) %}}{{% set ns.l = \
-             [ns.l] %}}{{% endfor %}}{{% endfor %}}{{{{ {expression} }}}}"
-        )
-    };
-    for expression in ["ns.l", "ns.l | tojson"] {
-        assert_eq!(refuses(nest(1, expression)), Ok(()));
-    }
-    for (turns, expression) in
-        [(1, "'x' ~ ns.l"), (1, "ns.l == [ns.l]"), (300, "1"), (300, "'x' ~ ns.l"), (300, "ns.l == [ns.l]")]
+    for nest in
+        ["[[[[[[[[[[ns.l]]]]]]]]]]", "((((((((((ns.l,),),),),),),),),),)", "{1:{1:{1:{1:{1:{1:{1:{1:ns.l}}}}}}}}"]
     {
-        let outcome = refuses(nest(turns, expression));
-        assert!(outcome.is_ok() || outcome.as_ref().is_err_and(|what| !what.contains("does not end")), "{outcome:?}");
-        println!("{turns} {expression} {outcome:?}");
+        for (turns, expression) in [(90, "ns.l"), (90, "ns.l | tojson"), (99_999, "1")] {
+            let source = nested(nest, turns, expression);
+            assert_eq!(refuses(source), Ok(()), "{nest} {expression}");
+        }
+        // These are not refused as such; they must not take the process along.
+        for expression in ["1", "('x' ~ ns.l) | length", "ns.l == [ns.l]", "ns.l | pprint", "{(1, ns.l): 1} | length"] {
+            for turns in [10, 1_500, 2_500, 4_000] {
+                let _ = refuses(nested(nest, turns, expression));
+            }
+        }
     }
+}
+
+fn nested(nest: &str, turns: u32, expression: &str) -> String {
+    format!(
+        "{{% set ns = namespace(l=[]) %}}{{% for a in range({turns}) %}}{{% set ns.l = {nest} %}}{{% endfor \
+         %}}{{{{ {expression} }}}}"
+    )
+}
+
+#[test]
+fn what_does_not_end_is_given_up() {
+    // Comparing looks at 2^40 lists that are all the same two.
+    let source = "{% set ns = namespace(l=[], m=[]) %}{% for a in range(40) %}{% set ns.l = [ns.l, ns.l] %}{% set ns.m = \
+                  [ns.m, ns.m] %}{% endfor %}{{ ns.l == ns.m if messages[0].content == 'Hi' }}";
+    let template = Template::compile(source).unwrap();
+    let kwargs = Map::new();
+    let mut input = TemplateInput {
+        messages: &json!([{"role": "user", "content": "Hello"}]),
+        tools: None,
+        add_generation_prompt: true,
+        bos_token: None,
+        eos_token: None,
+        kwargs: &kwargs,
+        now: Default::default(),
+    };
+    assert_eq!(template.render(&input).unwrap(), "");
+    let hi = json!([{"role": "user", "content": "Hi"}]);
+    input.messages = &hi;
+    let error = template.render(&input).unwrap_err().to_string();
+    assert!(error.contains("within 5 s"), "{error}");
+    let error = template.render(&input).unwrap_err().to_string();
+    assert!(error.contains("earlier conversation"), "no second thread goes the same way: {error}");
 }

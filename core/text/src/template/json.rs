@@ -30,6 +30,17 @@ pub fn from_json(value: &serde_json::Value) -> Value {
     }
 }
 
+/// About the size of a JSON value as text, in bytes.
+pub fn size(value: &serde_json::Value) -> usize {
+    use serde_json::Value as Json;
+    match value {
+        Json::String(text) => text.len() + 2,
+        Json::Array(items) => items.iter().map(|item| size(item) + 2).sum::<usize>() + 2,
+        Json::Object(map) => map.iter().map(|(key, item)| key.len() + size(item) + 6).sum::<usize>() + 2,
+        Json::Null | Json::Bool(_) | Json::Number(_) => 4,
+    }
+}
+
 /// The `tojson` filter: `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
 pub fn tojson(
     state: &State,

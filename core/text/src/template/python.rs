@@ -13,6 +13,8 @@ pub const DEPTH_MAX: usize = 200;
 pub fn install(environment: &mut Environment<'_>) {
     environment.set_formatter(format);
     environment.add_filter("string", string);
+    // Its own takes space in proportion to the square of the depth.
+    environment.add_filter("pprint", string);
     environment.add_filter("trim", trim);
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_test("sequence", |value: &Value| {
