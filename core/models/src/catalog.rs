@@ -1,6 +1,6 @@
 //! Models known by name.
 
-use std::sync::OnceLock;
+use std::{fmt, sync::OnceLock};
 
 use mesh_core::WeightFormat;
 use serde::Deserialize;
@@ -29,8 +29,26 @@ pub struct Entry {
     /// True if the GGUF may be imported into an MLX directory.
     #[serde(default)]
     pub import: bool,
+    /// What the GGUF is unpacked into before it is served; absent serves it as it is.
+    pub unpack: Option<Unpack>,
     /// Where else the GGUF can be had.
     pub mirror: Option<Mirror>,
+}
+
+/// What a quantized GGUF can be unpacked into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unpack {
+    /// 16-bit floats.
+    F16,
+}
+
+impl fmt::Display for Unpack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F16 => "F16",
+        })
+    }
 }
 
 /// A Python package that carries a model file.
@@ -71,6 +89,12 @@ pub fn entries() -> &'static [Entry] {
     static ALL: OnceLock<Vec<Entry>> = OnceLock::new();
     // The text is part of the binary and a test reads it, so that it parses is known.
     ALL.get_or_init(|| parse(include_str!("../catalog.toml")).expect("the built-in catalog is valid"))
+}
+
+/// The name that an entry's file, and what is made of it, is kept under: that of the first entry with the same file.
+pub(crate) fn keeper(entry: &Entry) -> &str {
+    let same = |other: &&Entry| other.sha256.is_some() && other.sha256 == entry.sha256;
+    entries().iter().find(same).map_or(&entry.name, |first| &first.name)
 }
 
 /// The entry of that name, or an error with the names that resemble it.
@@ -117,7 +141,7 @@ mod tests {
             let gguf = entry.format == WeightFormat::Gguf;
             assert_eq!(gguf, entry.file.is_some(), "{name}");
             assert_eq!(gguf, entry.bytes.is_some_and(|bytes| bytes > 0), "{name}");
-            assert!(gguf || !(entry.import || entry.mirror.is_some()), "{name}");
+            assert!(gguf || !(entry.import || entry.unpack.is_some() || entry.mirror.is_some()), "{name}");
             assert!(entry.file.as_deref().is_none_or(plain_relative), "{name}");
             if gguf {
                 let sha256 = entry.sha256.as_deref().unwrap_or_default();
@@ -128,7 +152,21 @@ mod tests {
                 assert!(plain_relative(&mirror.member), "{name}");
             }
         }
-        assert!(find(DEFAULT_MODEL).unwrap().import);
+        let default = find(DEFAULT_MODEL).unwrap();
+        assert_eq!((default.import, default.unpack), (true, Some(Unpack::F16)));
+    }
+
+    #[test]
+    fn entries_of_one_file_agree_on_it() {
+        let default = find(DEFAULT_MODEL).unwrap();
+        let plain = find("SmolLM2-135M-Instruct-Q4_1").unwrap();
+        assert_eq!((plain.sha256.as_ref(), plain.unpack), (default.sha256.as_ref(), None));
+        assert_eq!((keeper(plain), keeper(default)), (DEFAULT_MODEL, DEFAULT_MODEL));
+        for entry in entries().iter().filter(|entry| entry.sha256.is_some()) {
+            let first = find(keeper(entry)).unwrap();
+            let file = |entry: &Entry| (entry.repo.clone(), entry.file.clone(), entry.bytes, entry.import);
+            assert_eq!(file(entry), file(first), "{}", entry.name);
+        }
     }
 
     #[test]

@@ -100,7 +100,7 @@ pub enum FetchError {
         /// Why.
         source: std::io::Error,
     },
-    /// The GGUF could not be turned into an MLX directory.
+    /// The GGUF could not be turned into what was wanted of it.
     #[error(transparent)]
     Import(#[from] ImportError),
     /// The files that were found are not a model.
@@ -164,7 +164,7 @@ impl Hint for FetchError {
     }
 }
 
-/// Turning a GGUF into an MLX directory.
+/// Turning a GGUF into an MLX directory, or into a GGUF of plain floats.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
     /// The architecture has no import.
@@ -184,6 +184,24 @@ pub enum ImportError {
         kind: String,
         /// What there is.
         known: Vec<&'static str>,
+    },
+    /// A tensor's type cannot be unpacked into plain floats.
+    #[error("tensor `{tensor}` is {kind}, which cannot be unpacked; these types can: {}", .known.join(", "))]
+    Packed {
+        /// The tensor.
+        tensor: String,
+        /// Its GGUF type.
+        kind: String,
+        /// What there is.
+        known: Vec<&'static str>,
+    },
+    /// A tensor holds values that the wanted type does not.
+    #[error("tensor `{tensor}` holds values that are not finite in {kind}")]
+    Range {
+        /// The tensor.
+        tensor: String,
+        /// The wanted type.
+        kind: String,
     },
     /// A tensor that has no place in the architecture.
     #[error("tensor `{tensor}` is not part of architecture `{architecture}`")]
@@ -213,7 +231,7 @@ pub enum ImportError {
     /// The output exists already.
     #[error("{}: exists already", .path.display())]
     Exists {
-        /// The output directory.
+        /// The output.
         path: PathBuf,
     },
     /// The output could not be written.
@@ -239,9 +257,10 @@ impl Hint for ImportError {
             Self::Architecture { .. } | Self::TensorType { .. } | Self::Setting { .. } | Self::Tokenizer { .. } => {
                 Some("serve the GGUF itself with --gguf, or fetch the model's MLX weights and use --mlx".into())
             }
+            Self::Packed { .. } | Self::Range { .. } => Some("give the GGUF's path to serve it as it is".into()),
             Self::UnknownTensor { .. } => Some("serve the GGUF itself with --gguf".into()),
             Self::Probe(error) => error.hint(),
-            Self::Exists { .. } => Some("remove it, or choose another directory".into()),
+            Self::Exists { .. } => Some("remove it, or choose another place".into()),
             Self::Io { .. } => Some("check permissions and free space".into()),
         }
     }

@@ -3,7 +3,7 @@
 //! - [`reference`]: the one grammar of model references; [`catalog`]: models known by name.
 //! - [`store`]: finds a model, fetching it from the hub or a mirror.
 //! - [`probe`]: what a model is, from its configs and headers, every file size-capped.
-//! - [`gguf`]: the header reader; [`import`]: a GGUF into an MLX directory.
+//! - [`gguf`]: the header reader; [`import`]: a GGUF into an MLX directory; [`unpack`]: into a GGUF of plain floats.
 
 pub mod catalog;
 mod choice;
@@ -18,11 +18,13 @@ pub mod reference;
 pub mod store;
 #[cfg(test)]
 mod testing;
+pub mod unpack;
 
 pub use error::{FetchError, ImportError};
 pub use import::{ImportReport, import_gguf};
 pub use probe::probe;
 pub use store::{Artifact, Listed, Origin, Store, StoreOptions, Want};
+pub use unpack::{UnpackReport, unpack_gguf};
 
 /// Catalog name of the model that is served when none is named.
 pub const DEFAULT_MODEL: &str = "SmolLM2-135M-Instruct";

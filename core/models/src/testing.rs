@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use half::f16;
+
 /// A directory of the golden checkpoints; without them the test says so and is skipped, except in CI.
 pub(crate) fn golden(test: &str) -> Option<PathBuf> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().find(|path| path.join("Cargo.lock").is_file())?;
@@ -19,6 +21,7 @@ pub(crate) struct GgufWriter {
     pub entries: Vec<(String, Vec<u8>)>,
     /// Name, shape with the fastest dimension first, type, content.
     pub tensors: Vec<(String, Vec<u64>, u32, Vec<u8>)>,
+    alignment: usize,
 }
 
 fn text(value: &str) -> Vec<u8> {
@@ -27,12 +30,17 @@ fn text(value: &str) -> Vec<u8> {
 
 impl GgufWriter {
     pub fn new(architecture: &str) -> Self {
-        Self { entries: vec![], tensors: vec![] }.text("general.architecture", architecture)
+        Self { entries: vec![], tensors: vec![], alignment: 32 }.text("general.architecture", architecture)
     }
 
     fn entry(mut self, key: &str, kind: u32, value: Vec<u8>) -> Self {
         self.entries.push((key.to_owned(), [&kind.to_le_bytes()[..], &value].concat()));
         self
+    }
+
+    pub fn aligned(mut self, alignment: u32) -> Self {
+        self.alignment = alignment as usize;
+        self.number("general.alignment", alignment)
     }
 
     pub fn text(self, key: &str, value: &str) -> Self {
@@ -82,10 +90,10 @@ impl GgufWriter {
             shape.iter().for_each(|size| out.extend(size.to_le_bytes()));
             out.extend(kind.to_le_bytes());
             out.extend(offset.to_le_bytes());
-            offset += (content.len() as u64).next_multiple_of(32);
+            offset += content.len().next_multiple_of(self.alignment) as u64;
         }
         for (.., content) in &self.tensors {
-            out.resize(out.len().next_multiple_of(32), 0);
+            out.resize(out.len().next_multiple_of(self.alignment), 0);
             out.extend(content);
         }
         out
@@ -111,4 +119,31 @@ pub(crate) fn tiny_llama(pre: &str) -> GgufWriter {
         .number("tokenizer.ggml.bos_token_id", 0)
         .tensor("token_embd.weight", &[32, 10], 0, floats(320))
         .tensor("output_norm.weight", &[32], 0, floats(32))
+}
+
+/// What GGUF's blocks mean, from their definition and not from the code under test.
+pub(crate) fn dequantized(kind: u32, block: &[u8]) -> Vec<f32> {
+    let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    let nibble = |at: usize, i: usize| i32::from(if i < 16 { block[at + i] % 16 } else { block[at + i - 16] / 16 });
+    let fifth = |at: usize, i: usize| i32::from(block[at + i / 8] >> (i % 8) & 1) * 16;
+    let value = |i: usize| match kind {
+        2 => (nibble(2, i) - 8) as f32 * half(0),
+        3 => nibble(4, i) as f32 * half(0) + half(2),
+        6 => (nibble(6, i) + fifth(2, i) - 16) as f32 * half(0),
+        7 => (nibble(8, i) + fifth(4, i)) as f32 * half(0) + half(2),
+        8 => f32::from(block[2 + i] as i8) * half(0),
+        _ => unreachable!(),
+    };
+    (0..32).map(value).collect()
+}
+
+/// The block types by number, with bytes and bits a code.
+pub(crate) const BLOCKS: [(u32, usize, usize); 5] = [(2, 18, 4), (3, 20, 4), (6, 22, 5), (7, 24, 5), (8, 34, 8)];
+
+/// Makes the scales of a block finite, and of the size that scales have.
+pub(crate) fn scaled(bytes: &mut [u8], kind: u32) {
+    for at in (0..if [3, 7].contains(&kind) { 4 } else { 2 }).step_by(2) {
+        let half = f16::from_f32(f32::from(i16::from_le_bytes([bytes[at], bytes[at + 1]])) / 4096.0);
+        bytes[at..at + 2].copy_from_slice(&half.to_le_bytes());
+    }
 }

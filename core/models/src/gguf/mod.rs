@@ -4,6 +4,7 @@
 //! stays where it is in the (memory-mapped) file and is only walked, every count is checked against the bytes that
 //! are left, and what is kept (keys, tensor names and shapes) is smaller than the part of the file it was read from.
 
+mod block;
 mod reader;
 mod tensor_type;
 
@@ -12,9 +13,14 @@ use std::{collections::BTreeMap, fs::File, ops::Range, path::Path};
 use memmap2::Mmap;
 use mesh_core::ProbeError;
 
+pub(crate) use block::{Block, GROUP};
 use reader::Reader;
 pub use tensor_type::TensorType;
 
+/// How every GGUF starts.
+pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
+/// Bytes before the metadata: the magic, a version and two counts.
+const PREAMBLE_BYTES: u64 = 24;
 /// Most metadata entries that are read.
 const ENTRIES_MAX: u64 = 1 << 16;
 /// Most tensors that are read.
@@ -27,6 +33,8 @@ const NAME_BYTES_MAX: u64 = 1 << 10;
 const TEXT_BYTES_MAX: u64 = 16 << 20;
 /// Most dimensions of a tensor.
 const DIMENSIONS_MAX: u32 = 4;
+/// The key that says where tensor data is aligned.
+const ALIGNMENT: &str = "general.alignment";
 /// Where tensor data is aligned unless the file says otherwise, in bytes.
 const ALIGNMENT_DEFAULT: u64 = 32;
 /// Largest alignment that is believed, in bytes.
@@ -80,6 +88,7 @@ impl Tensor {
 pub struct Gguf<D> {
     data: D,
     entries: BTreeMap<String, Value>,
+    alignment: u64,
     /// The tensors in the file's order; each lies inside the file.
     pub tensors: Vec<Tensor>,
 }
@@ -95,8 +104,8 @@ impl Gguf<Mmap> {
         let malformed = |what: String| ProbeError::Malformed { path: path.to_owned(), what };
         // An empty file cannot be mapped.
         let bytes = file.metadata().map_err(io)?.len();
-        if bytes < 24 {
-            return Err(malformed(format!("a GGUF header has at least 24 bytes, the file has {bytes}")));
+        if bytes < PREAMBLE_BYTES {
+            return Err(malformed(format!("a GGUF header has at least {PREAMBLE_BYTES} bytes, the file has {bytes}")));
         }
         // SAFETY: the map is only read. Someone who truncates the file meanwhile ends the process; model files are
         // replaced by renaming, which leaves the mapped one alone.
@@ -109,7 +118,7 @@ impl<D: AsRef<[u8]>> Gguf<D> {
     /// Reads the header of a file's content.
     pub fn parse(data: D) -> Result<Self, Malformed> {
         let mut reader = Reader::new(data.as_ref());
-        if reader.take(4)? != b"GGUF" {
+        if reader.take(4)? != MAGIC {
             return Err(Malformed("not a GGUF file: it does not start with `GGUF`".into()));
         }
         match reader.u32()? {
@@ -129,7 +138,7 @@ impl<D: AsRef<[u8]>> Gguf<D> {
                 return Err(Malformed(format!("`{key}` is there twice")));
             }
         }
-        let alignment = match entries.get("general.alignment") {
+        let alignment = match entries.get(ALIGNMENT) {
             None => ALIGNMENT_DEFAULT,
             Some(Value::Unsigned(bytes)) if bytes.is_power_of_two() && *bytes <= ALIGNMENT_MAX => *bytes,
             Some(_) => return Err(Malformed("`general.alignment` is not a power of two up to 1 MiB".into())),
@@ -143,7 +152,7 @@ impl<D: AsRef<[u8]>> Gguf<D> {
         for tensor in &mut tensors {
             place(tensor, base, alignment, size)?;
         }
-        Ok(Self { data, entries, tensors })
+        Ok(Self { data, entries, alignment, tensors })
     }
 
     /// The content of a tensor; absent where its type is not known.
@@ -201,6 +210,26 @@ impl<D: AsRef<[u8]>> Gguf<D> {
     /// All keys, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
+    }
+
+    /// Where tensor data is aligned, in bytes: a power of two.
+    pub fn alignment(&self) -> u64 {
+        self.alignment
+    }
+
+    /// The metadata in the file's order: each key, and all of its entry (key, type and value) as stored.
+    pub(crate) fn stored_entries(&self) -> Result<Vec<(String, &[u8])>, Malformed> {
+        // The same walk as in `parse`; what it passes over need not be kept by everyone.
+        let mut reader = Reader::new(self.data.as_ref());
+        reader.take(PREAMBLE_BYTES)?;
+        let mut stored = Vec::new();
+        for _ in 0..self.entries.len() {
+            let start = reader.position();
+            let key = reader.name("a metadata key", KEY_BYTES_MAX)?;
+            value(&mut reader)?;
+            stored.push((key, reader.slice(start..reader.position())));
+        }
+        Ok(stored)
     }
 }
 

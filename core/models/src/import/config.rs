@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::{repack::GROUP, rope, tensors::Output};
-use crate::{error::ImportError, gguf::Gguf};
+use super::{rope, tensors::Output};
+use crate::{
+    error::ImportError,
+    gguf::{GROUP, Gguf},
+};
 
 /// What sets an architecture apart from the others that can be imported.
 #[derive(Debug)]

@@ -6,11 +6,11 @@ use safetensors::{Dtype, View};
 
 use super::{
     config::Model,
-    repack::{Block, GROUP, pack},
+    repack::{LOSSLESS, pack},
 };
 use crate::{
     error::ImportError,
-    gguf::{Gguf, Tensor, TensorType},
+    gguf::{Block, GROUP, Gguf, Tensor, TensorType},
 };
 
 /// A tensor to be written.
@@ -159,7 +159,7 @@ pub(super) fn plan<'a, D: AsRef<[u8]>>(gguf: &'a Gguf<D>, model: &Model) -> Resu
 }
 
 fn refused(tensor: &Tensor) -> ImportError {
-    ImportError::TensorType { tensor: tensor.name.clone(), kind: tensor.kind.to_string(), known: Block::NAMES.to_vec() }
+    ImportError::TensorType { tensor: tensor.name.clone(), kind: tensor.kind.to_string(), known: LOSSLESS.to_vec() }
 }
 
 fn setting(key: &str, what: impl Into<String>) -> ImportError {

@@ -1,11 +1,13 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
 
-use half::f16;
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use super::{repack::*, *};
-use crate::testing::{GgufWriter, golden, tiny_llama as tiny};
+use crate::{
+    gguf::Block,
+    testing::{BLOCKS as KINDS, GgufWriter, dequantized, golden, scaled, tiny_llama as tiny},
+};
 
 const TEXTS: &[&str] = &[
     "",
@@ -121,22 +123,6 @@ fn pre_tokenizers_cut_as_named() {
     assert_eq!(encode("gpt-2", "a<s>b"), [1, 0, 2]);
 }
 
-/// What GGUF's blocks mean, from their definition and not from the code under test.
-fn dequantized(kind: u32, block: &[u8]) -> Vec<f32> {
-    let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-    let nibble = |at: usize, i: usize| i32::from(if i < 16 { block[at + i] % 16 } else { block[at + i - 16] / 16 });
-    let fifth = |at: usize, i: usize| i32::from(block[at + i / 8] >> (i % 8) & 1) * 16;
-    let value = |i: usize| match kind {
-        2 => (nibble(2, i) - 8) as f32 * half(0),
-        3 => nibble(4, i) as f32 * half(0) + half(2),
-        6 => (nibble(6, i) + fifth(2, i) - 16) as f32 * half(0),
-        7 => (nibble(8, i) + fifth(4, i)) as f32 * half(0) + half(2),
-        8 => f32::from(block[2 + i] as i8) * half(0),
-        _ => unreachable!(),
-    };
-    (0..32).map(value).collect()
-}
-
 /// What MLX's affine groups mean: code `i` is at bits `bits * i` of the row's little-endian bit string.
 fn affine(codes: &[u8], bits: usize, scales: &[u8], biases: &[u8]) -> Vec<f32> {
     let float = |bytes: &[u8], at: usize| f32::from_le_bytes(bytes[4 * at..4 * at + 4].try_into().unwrap());
@@ -144,16 +130,6 @@ fn affine(codes: &[u8], bits: usize, scales: &[u8], biases: &[u8]) -> Vec<f32> {
     let code = |i: usize| (0..bits).map(|b| bit(i * bits + b) << b).sum::<u32>();
     let count = codes.len() * 8 / bits;
     (0..count).map(|i| code(i) as f32 * float(scales, i / 32) + float(biases, i / 32)).collect()
-}
-
-const KINDS: [(u32, usize, usize); 5] = [(2, 18, 4), (3, 20, 4), (6, 22, 5), (7, 24, 5), (8, 34, 8)];
-
-fn scaled(bytes: &mut [u8], kind: u32) {
-    // Finite, and of the size that scales have.
-    for at in (0..if [3, 7].contains(&kind) { 4 } else { 2 }).step_by(2) {
-        let half = f16::from_f32(f32::from(i16::from_le_bytes([bytes[at], bytes[at + 1]])) / 4096.0);
-        bytes[at..at + 2].copy_from_slice(&half.to_le_bytes());
-    }
 }
 
 proptest! {

@@ -1,6 +1,9 @@
-use std::io::Write;
+use std::{
+    io::Write,
+    sync::{Arc, Mutex},
+};
 
-use mesh_core::{Hint, ProbeError};
+use mesh_core::{Hint, ProbeError, Stage};
 
 use super::*;
 use crate::{
@@ -37,6 +40,7 @@ fn entry(content: &[u8]) -> Entry {
         bytes: Some(content.len() as u64),
         sha256: Some(mirror::sha256(&file).unwrap()),
         import: true,
+        unpack: None,
         mirror: None,
     }
 }
@@ -91,6 +95,67 @@ async fn a_catalog_gguf_is_fetched_checked_imported_and_reused() {
     let origins: Vec<_> = listed.iter().map(|listed| listed.origin).collect();
     assert!(origins.contains(&Origin::Imported) && origins.contains(&Origin::Hub), "{listed:?}");
     assert!(origins.is_sorted());
+}
+
+#[tokio::test]
+async fn an_entry_that_asks_for_it_is_unpacked_once_and_still_imported() {
+    let content = tiny_llama("gpt-2").tensor("blk.0.ffn_up.weight", &[32, 32], 8, vec![1; 34 * 32]).finish();
+    let house = house(&[("tiny.gguf", &content)], false);
+    let (plain, silent) = (entry(&content), ProgressSink::silent());
+    let entry = Entry { unpack: Some(Unpack::F16), ..plain.clone() };
+    let imports = Arc::new(Mutex::new(Vec::new()));
+    let seen = imports.clone();
+    let sink = ProgressSink::new(move |progress| {
+        if let Stage::Import { what } = progress.stage {
+            seen.lock().unwrap().push((what, progress.done, progress.total));
+        }
+    });
+    let artifact = house.store.entry(&entry, Want::Any, &sink).await.unwrap();
+    assert_eq!((artifact.name.as_str(), artifact.format), ("Tiny", WeightFormat::Gguf));
+    assert!(artifact.root.starts_with(house.root.path().join("cache/imports")));
+    assert!(artifact.weights[0].ends_with("Tiny.F16.gguf"), "{artifact:?}");
+    assert_eq!(imports.lock().unwrap().last(), Some(&("tiny.gguf".to_owned(), 3, Some(3))));
+    assert_eq!(probe(&artifact).unwrap().quantization, None);
+
+    // The same file without unpacking stays what it is, and so does the import.
+    let original = house.store.entry(&plain, Want::Gguf, &silent).await.unwrap();
+    assert_eq!(fs::read(&original.weights[0]).unwrap(), content);
+    let imported = house.store.entry(&entry, Want::Safetensors, &silent).await.unwrap();
+    assert_eq!(probe(&imported).unwrap().quantization.unwrap().value.bits, Some(8));
+    let listed = house.store.list().unwrap();
+    let made: Vec<_> = listed.iter().filter(|listed| listed.origin == Origin::Imported).collect();
+    assert!(matches!(made[..], [Listed { format: WeightFormat::Safetensors, .. }]), "{made:?}");
+
+    // Offline, and without its source, it is still there and not made again.
+    let made = fs::metadata(&artifact.weights[0]).unwrap().modified().unwrap();
+    fs::remove_dir_all(house.root.path().join("hub")).unwrap();
+    let offline = Store { offline: true, ..house.store };
+    assert_eq!(offline.entry(&entry, Want::Gguf, &silent).await.unwrap(), artifact);
+    assert_eq!(fs::metadata(&artifact.weights[0]).unwrap().modified().unwrap(), made);
+    assert!(matches!(offline.entry(&plain, Want::Gguf, &silent).await, Err(FetchError::Offline { .. })));
+}
+
+#[test]
+fn entries_of_one_file_share_it_and_unpacked_ones_list_what_is_served() {
+    let house = house(&[], true);
+    let (default, plain) =
+        (catalog::find(crate::DEFAULT_MODEL).unwrap(), catalog::find("SmolLM2-135M-Instruct-Q4_1").unwrap());
+    let listed = |entry| {
+        let listed = house.store.list_entry(entry);
+        (listed.root.map(|root| root.file_name().unwrap().to_string_lossy().into_owned()), listed.weight_bytes)
+    };
+    assert_eq!((listed(default), listed(plain)), ((None, default.bytes), (None, default.bytes)));
+    let models = house.root.path().join("cache/models/SmolLM2-135M-Instruct");
+    fs::create_dir_all(&models).unwrap();
+    let file = fs::File::create(models.join(default.file.as_ref().unwrap())).unwrap();
+    file.set_len(default.bytes.unwrap()).unwrap();
+    let there = (Some("SmolLM2-135M-Instruct".to_owned()), default.bytes);
+    assert_eq!((listed(default), listed(plain)), (there.clone(), there.clone()));
+    let unpacked = house.store.unpacked_path(default, Unpack::F16);
+    fs::create_dir_all(unpacked.parent().unwrap()).unwrap();
+    fs::write(&unpacked, "0123456").unwrap();
+    assert_eq!(listed(default), (Some("SmolLM2-135M-Instruct-b179c9523d0e-F16-v1".to_owned()), Some(7)));
+    assert_eq!(listed(plain), there);
 }
 
 #[tokio::test]
