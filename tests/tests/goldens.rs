@@ -8,8 +8,19 @@ use mesh_models::{Artifact, probe};
 
 /// The goldens that this build must pass; others belong to families that are not linked.
 const GOLDENS: &[&str] = &[
-    "llama", "llama-mxfp4", "llama-q3", "llama-q4", "llama-q4g32", "llama-q6", "llama-q8", "llama_untied", "mistral",
-    "mistral_window", "qwen2", "qwen3", "qwen3-q4",
+    "llama",
+    "llama-mxfp4",
+    "llama-q3",
+    "llama-q4",
+    "llama-q4g32",
+    "llama-q6",
+    "llama-q8",
+    "llama_untied",
+    "mistral",
+    "mistral_window",
+    "qwen2",
+    "qwen3",
+    "qwen3-q4",
 ];
 
 #[test]
@@ -27,12 +38,8 @@ fn goldens_pass() {
         };
         let profile = probe(&artifact).unwrap_or_else(|error| panic!("{name}: {error}"));
         let family = registry::family_of(families, &profile);
-        let comparison = Comparison {
-            device: DeviceKind::Cpu,
-            precision: Precision::Exact,
-            kernels: true,
-            tolerance: 2e-4,
-        };
+        let comparison =
+            Comparison { device: DeviceKind::Cpu, precision: Precision::Exact, kernels: true, tolerance: 2e-4 };
         let checks = verify(&profile, family, comparison).unwrap_or_else(|error| panic!("{name}: {error}"));
         for check in checks {
             println!("{name:16} {:36} {:.1e} {}", check.name, check.max_abs_diff, check.fault.unwrap_or_default());

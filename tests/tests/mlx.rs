@@ -85,7 +85,8 @@ async fn generates_what_the_goldens_say() {
             let mut settings = cpu();
             settings["prefill_chunk_tokens"] = json!(chunk);
             let engine = load(&root, settings).await;
-            let fresh = engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
+            let fresh =
+                engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
             assert_eq!(fresh.tokens, greedy, "{name} in chunks of {chunk}");
             assert_eq!((fresh.usage.prompt_tokens, fresh.usage.cached_tokens), (24, 0));
             // A prompt that leaves the known one half-way: what was computed beyond must not show.
@@ -93,7 +94,8 @@ async fn generates_what_the_goldens_say() {
             other.truncate(13);
             other.extend([7, 8, 9]);
             engine::run(&*engine, engine::job(Prompt::Tokens(other), 4)).await.expect("an answer");
-            let again = engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
+            let again =
+                engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
             assert_eq!(again.tokens, greedy, "{name} from a known prefix");
             assert_eq!(again.usage.cached_tokens, 13);
             engine.drain(Duration::from_secs(5)).await;

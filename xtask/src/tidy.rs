@@ -144,10 +144,7 @@ mod tests {
     #[test]
     fn the_wrong_direction_is_a_fault() {
         assert!(direction(&graph(&[("mesh-graph", &["mesh-core"])])).is_empty());
-        assert_eq!(
-            direction(&graph(&[("mesh-core", &["mesh-graph"])])),
-            ["mesh-core must not depend on mesh-graph"]
-        );
+        assert_eq!(direction(&graph(&[("mesh-core", &["mesh-graph"])])), ["mesh-core must not depend on mesh-graph"]);
         assert_eq!(direction(&graph(&[("mesh-backend-mlx", &["mesh-families"])])).len(), 1);
         assert_eq!(direction(&graph(&[("new", &[])])).len(), 1);
     }

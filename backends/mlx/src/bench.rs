@@ -68,6 +68,8 @@ pub struct RandomWeights {
     pub bits: u32,
     /// Makes them repeatable.
     pub seed: u64,
+    /// Whether kernels of our own are used where they apply.
+    pub kernels: bool,
 }
 
 /// An engine of `shape` with random weights, ready to serve.
@@ -92,8 +94,10 @@ pub async fn random_engine(shape: &Shape, weights: RandomWeights, device: Device
             .map_err(|error| failed(error.to_string()))?
             .get(family)
             .map_err(|error| failed(error.to_string()))?;
-        let mut source = Weights::random(weights.seed, dtype, scheme, placement(kind, false))
-            .map_err(|error| failed(error.to_string()))?;
+        let mut placement = placement(kind, false);
+        placement.kernels &= weights.kernels;
+        let mut source =
+            Weights::random(weights.seed, dtype, scheme, placement).map_err(|error| failed(error.to_string()))?;
         let model = family.graph(&config, &mut source).map_err(|error| failed(error.to_string()))?;
         let arrays = source.finish().map_err(|error| failed(error.to_string()))?;
         read(&arrays, abandoned, |_, _| {})?;

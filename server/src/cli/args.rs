@@ -252,9 +252,15 @@ pub struct VerifyArgs {
     /// Largest absolute difference of logits allowed; the directory's own `tolerance`, or 2e-4, if absent
     #[arg(long, value_name = "NUMBER", value_parser = positive)]
     pub tolerance: Option<f32>,
-    /// Where to compute
+    /// Where to compute. On an NVIDIA GPU, MLX multiplies f32 coarsely (TF32) unless MLX_ENABLE_TF32=0 is set
     #[arg(long, value_enum, default_value_t, value_name = "DEVICE")]
     pub device: BenchDevice,
+    /// Compute in bf16, and compare the median over positions of each one's largest difference
+    #[arg(long, requires = "tolerance")]
+    pub bf16: bool,
+    /// Use MLX's plain operations alone, no kernels of our own
+    #[arg(long)]
+    pub no_kernels: bool,
     /// Answer in JSON
     #[arg(long)]
     pub json: bool,
@@ -286,6 +292,9 @@ pub struct BenchArgs {
     /// Seed of random weights
     #[arg(long, value_name = "NUMBER", help_heading = "Bench", default_value_t = 0, requires = "shape")]
     pub seed: u64,
+    /// Measure a shape with MLX's plain operations alone, no kernels of our own
+    #[arg(long, help_heading = "Bench", requires = "shape")]
+    pub no_kernels: bool,
     /// Tokens to read
     #[arg(long, value_name = "TOKENS", help_heading = "Bench", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     pub prompt_tokens: u32,

@@ -10,22 +10,20 @@ mod plan;
 #[cfg(test)]
 mod tests;
 
-use std::process::ExitCode;
-
 use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, LogFormat};
 use failure::{Exit, Failure};
 use output::{LOG_QUIET, LOG_SERVING, Output};
 
-/// Runs the command line of this process.
-pub fn main() -> ExitCode {
+/// Runs the command line of this process, and returns what it exits with.
+pub fn main() -> u8 {
     let cli = Cli::parse();
     let serving = matches!(cli.command, None | Some(Command::Serve(_)));
     let log_format = cli.output.log_format;
     let output = Output::set_up(cli.output, if serving { LOG_SERVING } else { LOG_QUIET });
     match run(cli, &output) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(failure) => {
             match log_format {
                 LogFormat::Text => output::report(&failure),
@@ -33,7 +31,7 @@ pub fn main() -> ExitCode {
                     tracing::error!(hint = failure.hint, exit = failure.exit as u8, "{}", failure.message)
                 }
             }
-            ExitCode::from(failure.exit as u8)
+            failure.exit as u8
         }
     }
 }

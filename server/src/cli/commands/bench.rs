@@ -26,7 +26,7 @@ pub async fn run(args: BenchArgs, output: &Output) -> Result<(), Failure> {
         Some(name) => {
             let shape = shape(name)?;
             let vocab_size = shape.config["vocab_size"].as_u64().unwrap_or(1) as u32;
-            let weights = RandomWeights { bits: args.bits, seed: args.seed };
+            let weights = RandomWeights { bits: args.bits, seed: args.seed, kernels: !args.no_kernels };
             let handle = random_engine(&shape, weights, device(args.device)?)
                 .await
                 .map_err(|error| Failure::new(Exit::Load, error))?;
@@ -54,9 +54,8 @@ pub async fn run(args: BenchArgs, output: &Output) -> Result<(), Failure> {
     let runs = runs?;
     let report = Report { name, handle: &handle, workload, runs, peak_bytes: peak };
     match args.json {
-        true => output.line(
-            serde_json::to_string_pretty(&report.json()).map_err(|error| Failure::new(Exit::Failure, error))?,
-        ),
+        true => output
+            .line(serde_json::to_string_pretty(&report.json()).map_err(|error| Failure::new(Exit::Failure, error))?),
         false => output.line(report.text()),
     }
     Ok(())

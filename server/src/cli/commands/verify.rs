@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use comfy_table::{Table, presets};
 use console::style;
-use mesh_backend_mlx::verify::verify;
+use mesh_backend_mlx::verify::{Comparison, Precision, verify};
 use mesh_core::{WeightFormat, registry};
 use mesh_models::{Artifact, Store, StoreOptions, Want, probe};
 use serde_json::json;
@@ -31,7 +31,9 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
     let profile = probe(&artifact).map_err(|error| Failure::new(Exit::Model, error))?;
     let family = registry::family_of(registry::families()?, &profile);
     let kind = device(args.device)?.kind;
-    let checks = tokio::task::spawn_blocking(move || verify(&profile, family, kind, tolerance))
+    let precision = if args.bf16 { Precision::Bf16 } else { Precision::Exact };
+    let comparison = Comparison { device: kind, precision, kernels: !args.no_kernels, tolerance };
+    let checks = tokio::task::spawn_blocking(move || verify(&profile, family, comparison))
         .await
         .map_err(|error| Failure::new(Exit::Failure, error))?
         .map_err(|error| Failure::new(Exit::Failure, error))?;
@@ -42,11 +44,16 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
     } else {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
-        table.set_header(["check", "max |difference|", "", ""]);
+        table.set_header(["check", "max |difference|", "median", "", ""]);
         for check in &checks {
             let verdict = if check.passed { style("ok").green() } else { style("FAILED").red() };
             let difference = format!("{:.2e}", check.max_abs_diff);
-            table.add_row([check.name.clone(), difference, verdict.to_string(), check.fault.clone().unwrap_or_default()]);
+            table.add_row([
+                check.name.clone(),
+                difference,
+                verdict.to_string(),
+                check.fault.clone().unwrap_or_default(),
+            ]);
         }
         let text = table.to_string();
         output.line(text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n"));
