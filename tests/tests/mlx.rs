@@ -6,8 +6,8 @@ use conformance::{engine, shared::shared};
 use futures::StreamExt;
 use mesh_backend_mlx as _;
 use mesh_core::{
-    Engine, EngineError, EngineHandle, EngineState, InferenceBackend, LoadError, LoadPlan, ModelProfile, ProgressSink,
-    Prompt, Sampling, SubmitError, Verdict, WeightFormat, registry,
+    EngineError, EngineHandle, EngineState, InferenceBackend, LoadError, LoadPlan, ModelProfile, ProgressSink, Prompt,
+    Sampling, SubmitError, Verdict, WeightFormat, registry,
 };
 use mesh_families as _;
 use mesh_models::{Artifact, probe};
@@ -185,7 +185,8 @@ fn judges_without_a_device() {
     };
     let Verdict::Serve(offer) = judged(&profile(&root.join("llama"))) else { panic!("served") };
     assert!(offer.reasons.iter().any(|reason| reason.text.contains("slow")), "{:?}", offer.reasons);
-    let refusals: [(fn(&mut ModelProfile), &str); 4] = [
+    type Change = fn(&mut ModelProfile);
+    let refusals: [(Change, &str); 4] = [
         (|profile| profile.model_type.as_mut().expect("a type").value = "foo".into(), "`model_type` `foo`"),
         (|profile| profile.config["rope_scaling"]["rope_type"] = json!("bar"), "`rope_type` `bar`"),
         (|profile| profile.config["quantization_config"] = json!({"quant_method": "gptq"}), "`gptq`"),

@@ -65,6 +65,9 @@ pub async fn load(plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle
     .await
 }
 
+/// Makes a model, or gives up once the flag is set.
+pub type Build = dyn FnOnce(&AtomicBool) -> Result<Box<dyn CausalModel>, LoadError> + Send;
+
 /// What a device thread starts with.
 pub struct Start {
     /// Names the thread.
@@ -77,8 +80,8 @@ pub struct Start {
     pub chunk_tokens: u32,
     /// Tokens that end a generation.
     pub eos: Vec<u32>,
-    /// Makes the model, on the thread; gives up once the flag is set.
-    pub build: Box<dyn FnOnce(&AtomicBool) -> Result<Box<dyn CausalModel>, LoadError> + Send>,
+    /// Makes the model, on the thread.
+    pub build: Box<Build>,
 }
 
 /// Starts a device thread, and waits until its model is ready.

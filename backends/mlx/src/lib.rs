@@ -1,7 +1,8 @@
 //! The native backend: model families computed in this process by MLX, on Metal, CUDA or the CPU.
 //!
-//! One named thread owns each model: it builds, runs and drops every array ([`device`]). [`judge`] and [`sampler`]'s
-//! settings are pure; [`verify`] and [`bench`] are what the commands of those names run.
+//! One named thread owns each model: it builds, runs and drops every array (`device`). What serves a model, and how its
+//! weights lie in memory, is decided purely (`judge`). The modules [`mod@verify`] and [`mod@bench`] are what the commands
+//! of those names run.
 
 mod backend;
 pub mod bench;

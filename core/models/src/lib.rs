@@ -1,8 +1,8 @@
 //! From what a user types to a model on disk and a profile of it.
 //!
-//! - [`reference`]: the one grammar of model references; [`catalog`]: models known by name.
+//! - [`mod@reference`]: the one grammar of model references; [`catalog`]: models known by name.
 //! - [`store`]: finds a model, fetching it from the hub or a mirror.
-//! - [`probe`]: what a model is, from its configs and headers, every file size-capped.
+//! - [`probe()`]: what a model is, from its configs and headers, every file size-capped.
 //! - [`gguf`]: the header reader; [`import`]: a GGUF into an MLX directory; [`unpack`]: into a GGUF of plain floats.
 
 pub mod catalog;
