@@ -69,6 +69,13 @@ pub struct Packed {
 
 /// `x · Wᵀ` for a packed `W`.
 pub fn quantized_matmul(x: &Array, w: &Packed) -> Result<Array, Exception> {
+    // MLX 0.32 has a kernel for Hopper GPUs that only matrices of one group a row reach; it hangs, or computes something
+    // else. Such matrices are tiny, so they are unpacked. One row of `x` takes another kernel, which is right.
+    let one_group = w.scales.dim(-1) == 1 && w.mode == Mode::Affine;
+    if one_group && x.size() as i64 > i64::from(x.dim(-1)) {
+        let plain = dequantize(w)?.as_dtype(x.dtype())?;
+        return mlx_rs::ops::matmul(x, plain.t());
+    }
     op("quantized_matmul", |out, stream| unsafe {
         mlx_sys::mlx_quantized_matmul(
             out,
