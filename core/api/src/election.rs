@@ -201,3 +201,87 @@ pub fn command(backend: &BackendInfo, model: &str) -> String {
         None => format!("mesh-llm --model {model} --backend {}", backend.id),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{
+        backend::{DeviceKind, OptIn},
+        capability::{OutputForm, PromptForm},
+    };
+
+    static PLAIN: BackendInfo = BackendInfo { id: "plain", title: "", formats: &[], opt_in: None };
+    static OTHER: BackendInfo = BackendInfo { id: "other", title: "", formats: &[], opt_in: None };
+    static SHY: BackendInfo =
+        BackendInfo { id: "shy", title: "", formats: &[], opt_in: Some(OptIn { flag: "--shy", notice: "careful" }) };
+
+    fn serve(backend: &'static BackendInfo, score: u32) -> Ballot {
+        let capabilities = Capabilities {
+            prompt: PromptForm::Text,
+            output: OutputForm::Text,
+            knobs: BTreeSet::new(),
+            context_tokens_max: 1,
+            requests_parallel_max: 1,
+            requests_queued_max: 0,
+            prefix_reuse: false,
+            vision: false,
+        };
+        let device = Device { kind: DeviceKind::Cpu, name: String::new(), memory_bytes: None };
+        let offer = Offer { capabilities, device, memory_bytes: None, score, reasons: Vec::new() };
+        Ballot { backend, verdict: Verdict::Serve(offer) }
+    }
+
+    fn refuse(backend: &'static BackendInfo, why: &str) -> Ballot {
+        Ballot { backend, verdict: Verdict::Refuse(Refusal::because(Reason::new(why))) }
+    }
+
+    fn request(forced: Option<&str>, opt_in: bool) -> ElectionRequest {
+        ElectionRequest { model: "a model".into(), forced: forced.map(str::to_owned), opt_in }
+    }
+
+    #[test]
+    fn the_best_score_wins_and_ties_go_by_name() {
+        let id = |ballots: &[Ballot]| elect(ballots, &request(None, false)).map(|elected| elected.backend.id);
+        assert_eq!(id(&[serve(&PLAIN, 1), serve(&OTHER, 2)]), Ok("other"));
+        assert_eq!(id(&[serve(&PLAIN, 2), serve(&OTHER, 1)]), Ok("plain"));
+        assert_eq!(id(&[serve(&PLAIN, 1), serve(&OTHER, 1)]), Ok("other"));
+    }
+
+    #[test]
+    fn a_backend_that_has_to_be_asked_for_is_not_elected_unasked() {
+        let ballots = [refuse(&PLAIN, "no"), serve(&SHY, 9)];
+        let error = elect(&ballots, &request(None, false)).unwrap_err();
+        let command = "mesh-llm --model 'a model' --shy".to_owned();
+        assert_eq!(error, ElectionError::NotAskedFor { model: "a model".into(), backend: "shy", command });
+        for asked in [request(Some("shy"), false), request(None, true)] {
+            let elected = elect(&ballots, &asked).unwrap();
+            assert_eq!((elected.backend.id, elected.notice), ("shy", Some("careful")));
+        }
+        // A lower score elsewhere still wins while it is not asked for.
+        let elected = elect(&[serve(&PLAIN, 1), serve(&SHY, 9)], &request(None, false)).unwrap();
+        assert_eq!((elected.backend.id, elected.notice), ("plain", None));
+    }
+
+    #[test]
+    fn a_forced_backend_that_refuses_is_never_replaced() {
+        let ballots = [serve(&PLAIN, 9), refuse(&OTHER, "it is not mine")];
+        match elect(&ballots, &request(Some("other"), true)).unwrap_err() {
+            ElectionError::ForcedRefused { backend, refusal, command, .. } => {
+                assert_eq!((backend, refusal.to_string().as_str()), ("other", "it is not mine"));
+                assert_eq!(command.as_deref(), Some("mesh-llm --model 'a model' --backend plain"));
+            }
+            error => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn unknown_names_and_hopeless_models_say_what_there_is() {
+        let ballots = [refuse(&PLAIN, "too large"), refuse(&OTHER, "not mine")];
+        let unknown = elect(&ballots, &request(Some("abacus"), false)).unwrap_err();
+        assert_eq!(unknown.to_string(), "no backend is called `abacus`; there are: other, plain");
+        let nobody = elect(&ballots, &request(None, false)).unwrap_err();
+        assert_eq!(nobody.to_string(), "no backend can serve a model: other: not mine; plain: too large");
+    }
+}

@@ -166,6 +166,43 @@ pub struct ModelProfile {
 }
 
 impl ModelProfile {
+    /// A model of which only its files are known; what else is known is filled in.
+    pub fn of_files(
+        name: String,
+        root: PathBuf,
+        weights: Vec<PathBuf>,
+        format: Fact<WeightFormat>,
+        bytes: u64,
+    ) -> Self {
+        let weight_bytes = Fact::new(bytes, format.source.clone());
+        Self {
+            name,
+            root,
+            weights,
+            format,
+            weight_bytes,
+            model_type: None,
+            architectures: None,
+            gguf_architecture: None,
+            quantization: None,
+            context_tokens_max: None,
+            parameters: None,
+            layers: None,
+            kv_heads: None,
+            head_dim: None,
+            vocab_size: None,
+            eos_token_ids: Vec::new(),
+            bos_token: None,
+            eos_token: None,
+            tokenizer: None,
+            chat_template: None,
+            vision: None,
+            tensor_names: None,
+            config: serde_json::Value::Null,
+            generation_config: serde_json::Value::Null,
+        }
+    }
+
     /// The facts as rows of name, value and source, for people to read.
     pub fn facts(&self) -> Vec<(&'static str, String, Source)> {
         fn row<T>(

@@ -17,7 +17,7 @@ pub struct Registry<T: ?Sized + 'static> {
 
 /// Two registrations that exclude each other; the process must not start.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("two {kind}s claim `{name}`: {first} and {second}")]
+#[error("{kind} `{name}` is registered twice: by {first} and by {second}")]
 pub struct RegistryError {
     /// `backend`, `family` …
     pub kind: &'static str,
@@ -171,4 +171,32 @@ pub fn unique_claims(families: &Registry<dyn ModelFamily>) -> Result<(), Registr
 /// The family that claims a model, if any does.
 pub fn family_of(families: &Registry<dyn ModelFamily>, profile: &ModelProfile) -> Option<&'static dyn ModelFamily> {
     families.iter().find(|candidate| family::claims(*candidate, profile))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static ONE: u8 = 1;
+    static TWO: u8 = 2;
+
+    #[test]
+    fn entries_are_sorted_and_unknown_names_answered() {
+        let all: Registry<u8> = Registry::collect("thing", [("b", "m::b", &TWO), ("a", "m::a", &ONE)]).unwrap();
+        assert_eq!(all.ids(), ["a", "b"]);
+        assert_eq!(all.iter().copied().collect::<Vec<_>>(), [1, 2]);
+        let error = all.get("c").unwrap_err();
+        assert_eq!(error.to_string(), "no thing is called `c`; there are: a, b");
+    }
+
+    #[test]
+    fn duplicates_name_both_whatever_the_order() {
+        let found = [("a", "m::first", &ONE), ("a", "m::second", &TWO)];
+        let mut reversed = found;
+        reversed.reverse();
+        for found in [found, reversed] {
+            let error = Registry::collect("thing", found).err().unwrap();
+            assert_eq!(error.to_string(), "thing `a` is registered twice: by m::first and by m::second");
+        }
+    }
 }

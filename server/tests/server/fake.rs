@@ -238,34 +238,16 @@ const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% e
 
 fn profile(tokenizer: Option<PathBuf>, family: bool) -> ModelProfile {
     let source = || Source::file("config.json");
+    let format = Fact::new(WeightFormat::Safetensors, source());
     ModelProfile {
-        name: "org/fake-model".into(),
-        root: "fake".into(),
-        weights: vec![],
-        format: Fact::new(WeightFormat::Safetensors, source()),
-        weight_bytes: Fact::new(1, source()),
         model_type: family.then(|| Fact::new("fake".into(), source())),
-        architectures: None,
-        gguf_architecture: None,
-        quantization: None,
-        context_tokens_max: None,
-        parameters: None,
-        layers: None,
-        kv_heads: None,
-        head_dim: None,
         vocab_size: tokenizer.is_some().then(|| Fact::new(256, source())),
-        eos_token_ids: vec![],
-        bos_token: None,
-        eos_token: None,
         tokenizer: tokenizer.map(|path| Fact::new(path, source())),
         chat_template: Some(Fact::new(
             ChatTemplate { default: TEMPLATE.into(), named: BTreeMap::new() },
             Source::file("chat_template.jinja"),
         )),
-        vision: None,
-        tensor_names: None,
-        config: Value::Null,
-        generation_config: Value::Null,
+        ..ModelProfile::of_files("org/fake-model".into(), "fake".into(), vec![], format, 1)
     }
 }
 

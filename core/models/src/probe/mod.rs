@@ -46,33 +46,9 @@ fn blank(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
     let Some(first) = artifact.weights.first() else {
         return Err(ProbeError::MissingFile { root: artifact.root.clone(), file: "weights".into() });
     };
-    let source = Source::file(relative(&artifact.root, first));
-    Ok(ModelProfile {
-        name: artifact.name.clone(),
-        root: artifact.root.clone(),
-        weights: artifact.weights.clone(),
-        format: Fact::new(artifact.format, source.clone()),
-        weight_bytes: Fact::new(bytes, source),
-        model_type: None,
-        architectures: None,
-        gguf_architecture: None,
-        quantization: None,
-        context_tokens_max: None,
-        parameters: None,
-        layers: None,
-        kv_heads: None,
-        head_dim: None,
-        vocab_size: None,
-        eos_token_ids: Vec::new(),
-        bos_token: None,
-        eos_token: None,
-        tokenizer: None,
-        chat_template: None,
-        vision: None,
-        tensor_names: None,
-        config: Value::Null,
-        generation_config: Value::Null,
-    })
+    let format = Fact::new(artifact.format, Source::file(relative(&artifact.root, first)));
+    let (name, root) = (artifact.name.clone(), artifact.root.clone());
+    Ok(ModelProfile::of_files(name, root, artifact.weights.clone(), format, bytes))
 }
 
 /// A path as shown to people: below the model's directory.
