@@ -129,6 +129,26 @@ fn explain_gives_every_backends_reasons() {
     assert!(!text.contains('\u{1b}'), "colors though there shall be none");
 }
 
+#[test]
+fn verify_shows_both_differences_and_fails_past_the_tolerance() {
+    let Some(dir) = golden("qwen3") else { return };
+    let home = Home::new();
+    let dir = dir.to_string_lossy();
+    let output = home.run(&["verify", &dir, "--device", "cpu", "--color", "never"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let rows: Vec<_> = text.lines().filter(|line| line.ends_with(" ok")).collect();
+    assert_eq!(rows.len(), 4, "{text}");
+    for row in rows {
+        let numbers: Vec<f32> = row.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let [max, median] = numbers[..] else { panic!("two numbers are wanted: {row}") };
+        assert!(0.0 < median && median <= max && max < 2e-4, "{row}");
+    }
+    let strict = home.run(&["verify", &dir, "--device", "cpu", "--color", "never", "--tolerance", "1e-9"]);
+    assert_eq!(strict.status.code(), Some(1));
+    assert!(String::from_utf8(strict.stdout).unwrap().contains("FAILED"));
+}
+
 #[cfg(unix)]
 #[test]
 fn a_model_is_served_until_a_signal_comes() {

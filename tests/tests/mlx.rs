@@ -67,6 +67,8 @@ async fn keeps_the_contract() {
     engine::cancels(&*engine, prompt.clone()).await;
     let text = engine.submit(engine::job(Prompt::Text { text: "a".into(), add_special: true }, 1)).await.err();
     assert!(matches!(text, Some(SubmitError::WrongForm { .. })), "{text:?}");
+    let nothing = engine::run(&*engine, engine::job(prompt.clone(), 0)).await.expect("an answer");
+    assert_eq!((nothing.tokens.len(), nothing.reason), (0, mesh_core::FinishReason::Length));
     let foreign = engine.submit(engine::job(Prompt::Tokens(vec![100_000]), 1)).await.err();
     assert_eq!(foreign, Some(SubmitError::UnknownToken { id: 100_000, vocab_size: 512 }));
 

@@ -14,7 +14,8 @@ use std::{
 use async_trait::async_trait;
 use futures::Stream;
 use mesh_core::{
-    Capabilities, Engine, EngineError, EngineState, Event, EventStream, Job, Prompt, PromptForm, SubmitError,
+    Capabilities, Engine, EngineError, EngineState, Event, EventStream, FinishReason, Job, Prompt, PromptForm,
+    SubmitError, Timings, Usage,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -113,7 +114,9 @@ impl Engine for MlxEngine {
         let place = self.place()?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         if tokens_max == 0 {
-            return Err(SubmitError::Empty);
+            let usage = Usage { prompt_tokens: length, ..Usage::default() };
+            let last = Event::Finished { reason: FinishReason::Length, usage, timings: Timings::default() };
+            return Ok(Box::pin(futures::stream::iter([Ok(last)])));
         }
         let work = Work { job, prompt, tokens_max, events, place };
         let sent = {

@@ -98,24 +98,6 @@ impl Weights {
         }
     }
 
-    /// Names of the tensors not yet taken.
-    pub fn names(&self) -> Vec<String> {
-        match &self.source {
-            Source::Files(tensors) => tensors.keys().cloned().collect(),
-            Source::Random { .. } => Vec::new(),
-        }
-    }
-
-    /// Renames every tensor by `rename`; `None` drops it. For checkpoints that spell names another way.
-    pub fn rename(&mut self, rename: impl Fn(&str) -> Option<String>) {
-        if let Source::Files(tensors) = &mut self.source {
-            *tensors = std::mem::take(tensors)
-                .into_iter()
-                .filter_map(|(name, array)| rename(&name).map(|name| (name, array)))
-                .collect();
-        }
-    }
-
     /// Drops a tensor that is known to be redundant.
     pub fn drop_tensor(&mut self, name: &str) {
         if let Source::Files(tensors) = &mut self.source {
@@ -215,12 +197,6 @@ impl Weights {
             bits: scheme.bits,
             mode: scheme.mode,
         })
-    }
-
-    /// Hands over an array made from taken tensors, so that it is read at load in their place.
-    pub fn replace_last(&mut self, parts: usize, made: Array) {
-        self.taken.truncate(self.taken.len().saturating_sub(parts));
-        self.taken.push(made);
     }
 
     /// Ends the taking: what is left over is an error that lists it. Returns the arrays to evaluate.

@@ -47,10 +47,10 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
         table.set_header(["check", "max |difference|", "median", "", ""]);
         for check in &checks {
             let verdict = if check.passed { style("ok").green() } else { style("FAILED").red() };
-            let difference = format!("{:.2e}", check.max_abs_diff);
             table.add_row([
                 check.name.clone(),
-                difference,
+                format!("{:.2e}", check.max_abs_diff),
+                format!("{:.2e}", check.median_abs_diff),
                 verdict.to_string(),
                 check.fault.clone().unwrap_or_default(),
             ]);
