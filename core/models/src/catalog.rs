@@ -1,11 +1,11 @@
 //! Models known by name.
 
-use std::{fmt, sync::OnceLock};
+use std::sync::OnceLock;
 
 use mesh_core::WeightFormat;
 use serde::Deserialize;
 
-use crate::error::FetchError;
+use crate::{error::FetchError, unpack::Floats};
 
 /// One model of the catalog.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -30,25 +30,9 @@ pub struct Entry {
     #[serde(default)]
     pub import: bool,
     /// What the GGUF is unpacked into before it is served; absent serves it as it is.
-    pub unpack: Option<Unpack>,
+    pub unpack: Option<Floats>,
     /// Where else the GGUF can be had.
     pub mirror: Option<Mirror>,
-}
-
-/// What a quantized GGUF can be unpacked into.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Unpack {
-    /// 16-bit floats.
-    F16,
-}
-
-impl fmt::Display for Unpack {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F16 => "F16",
-        })
-    }
 }
 
 /// A Python package that carries a model file.
@@ -153,7 +137,7 @@ mod tests {
             }
         }
         let default = find(DEFAULT_MODEL).unwrap();
-        assert_eq!((default.import, default.unpack), (true, Some(Unpack::F16)));
+        assert_eq!((default.import, default.unpack), (true, Some(Floats::F16)));
     }
 
     #[test]

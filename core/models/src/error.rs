@@ -175,8 +175,8 @@ pub enum ImportError {
         /// What there is.
         known: Vec<&'static str>,
     },
-    /// A tensor's type cannot be repacked without loss.
-    #[error("tensor `{tensor}` is {kind}, which cannot be repacked without loss; these types can: {}", .known.join(", "))]
+    /// A tensor's type cannot be imported.
+    #[error("tensor `{tensor}` is {kind}, which cannot be imported; these types can: {}", .known.join(", "))]
     TensorType {
         /// The tensor.
         tensor: String,

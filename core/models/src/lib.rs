@@ -24,7 +24,7 @@ pub use error::{FetchError, ImportError};
 pub use import::{ImportReport, import_gguf};
 pub use probe::probe;
 pub use store::{Artifact, Listed, Origin, Store, StoreOptions, Want};
-pub use unpack::{UnpackReport, unpack_gguf};
+pub use unpack::{Floats, UnpackReport, unpack_gguf};
 
 /// Catalog name of the model that is served when none is named.
 pub const DEFAULT_MODEL: &str = "SmolLM2-135M-Instruct";

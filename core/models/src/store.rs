@@ -8,12 +8,12 @@ use std::{
 use mesh_core::{ProgressSink, WeightFormat};
 
 use crate::{
-    catalog::{self, Entry, Unpack},
+    catalog::{self, Entry},
     error::{FetchError, ImportError},
     hub::{self, Completeness, Hub},
     import, local, mirror,
     reference::{HubRef, Reference},
-    unpack,
+    unpack::{self, Floats},
 };
 
 /// Which weights are wanted, where a model has several kinds.
@@ -157,7 +157,8 @@ impl Store {
     fn list_entry(&self, entry: &Entry) -> Listed {
         let artifact = match entry.format {
             WeightFormat::Gguf => {
-                let unpacked = entry.unpack.map(|kind| self.unpacked_path(entry, kind)).filter(|file| file.is_file());
+                let unpacked =
+                    entry.unpack.map(|floats| self.unpacked_path(entry, floats)).filter(|file| file.is_file());
                 unpacked.or_else(|| self.gguf_on_disk(entry)).map(|file| gguf_artifact(entry, file))
             }
             WeightFormat::Safetensors => self
@@ -186,7 +187,7 @@ impl Store {
         }
         if want != Want::Safetensors {
             let file = match entry.unpack {
-                Some(kind) => self.unpacked(entry, kind, progress).await?,
+                Some(floats) => self.unpacked(entry, floats, progress).await?,
                 None => self.gguf(entry, progress).await?,
             };
             return Ok(gguf_artifact(entry, file));
@@ -211,21 +212,19 @@ impl Store {
     }
 
     /// The entry's GGUF unpacked, done now unless it is there.
-    async fn unpacked(&self, entry: &Entry, kind: Unpack, progress: &ProgressSink) -> Result<PathBuf, FetchError> {
-        let file = self.unpacked_path(entry, kind);
+    async fn unpacked(&self, entry: &Entry, floats: Floats, progress: &ProgressSink) -> Result<PathBuf, FetchError> {
+        let file = self.unpacked_path(entry, floats);
         if !file.is_file() {
             let gguf = self.gguf(entry, progress).await?;
             let (out, progress) = (file.clone(), progress.clone());
-            match kind {
-                Unpack::F16 => make(entry, move || unpack::unpack_gguf(&gguf, &out, &progress)).await?,
-            }
+            make(entry, move || unpack::unpack_gguf(&gguf, &out, floats, &progress)).await?;
         }
         Ok(file)
     }
 
-    fn unpacked_path(&self, entry: &Entry, kind: Unpack) -> PathBuf {
-        let directory = self.made(entry, &format!("{kind}-v{}", unpack::VERSION));
-        directory.join(format!("{}.{kind}.gguf", catalog::keeper(entry)))
+    fn unpacked_path(&self, entry: &Entry, floats: Floats) -> PathBuf {
+        let directory = self.made(entry, &format!("{floats}-v{}", unpack::VERSION));
+        directory.join(format!("{}.{floats}.gguf", catalog::keeper(entry)))
     }
 
     /// The directory for something made of an entry's GGUF; another file, or another way of making it, has another.

@@ -69,6 +69,16 @@ impl GgufWriter {
         self.entry(key, 9, values.iter().fold(head, |out, value| [&out[..], &value.to_le_bytes()].concat()))
     }
 
+    pub fn floats(self, key: &str, values: &[f32]) -> Self {
+        let head = [&6u32.to_le_bytes()[..], &(values.len() as u64).to_le_bytes()].concat();
+        self.entry(key, 9, values.iter().fold(head, |out, value| [&out[..], &value.to_le_bytes()].concat()))
+    }
+
+    pub fn bools(self, key: &str, values: &[bool]) -> Self {
+        let head = [&7u32.to_le_bytes()[..], &(values.len() as u64).to_le_bytes()].concat();
+        self.entry(key, 9, values.iter().fold(head, |out, value| [&out[..], &[u8::from(*value)]].concat()))
+    }
+
     pub fn tensor(mut self, name: &str, shape: &[u64], kind: u32, content: Vec<u8>) -> Self {
         self.tensors.push((name.to_owned(), shape.to_vec(), kind, content));
         self
@@ -139,6 +149,19 @@ pub(crate) fn dequantized(kind: u32, block: &[u8]) -> Vec<f32> {
 
 /// The block types by number, with bytes and bits a code.
 pub(crate) const BLOCKS: [(u32, usize, usize); 5] = [(2, 18, 4), (3, 20, 4), (6, 22, 5), (7, 24, 5), (8, 34, 8)];
+
+/// A block of a K-quant and its values, by name: random ones with the values that the `gguf` package (Python, 0.19.0)
+/// gives them.
+pub(crate) fn k_block(name: &str) -> (Vec<u8>, Vec<f32>) {
+    let all: serde_json::Value = serde_json::from_str(include_str!("gguf/k_blocks.json")).unwrap();
+    let hex = all[name]["block"].as_str().unwrap();
+    let block = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect();
+    let values = all[name]["values"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap() as f32).collect();
+    (block, values)
+}
+
+/// The K-quants by name, with their numbers.
+pub(crate) const K_QUANTS: [(&str, u32); 5] = [("Q2_K", 10), ("Q3_K", 11), ("Q4_K", 12), ("Q5_K", 13), ("Q6_K", 14)];
 
 /// Makes the scales of a block finite, and of the size that scales have.
 pub(crate) fn scaled(bytes: &mut [u8], kind: u32) {

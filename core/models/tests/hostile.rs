@@ -7,7 +7,7 @@ use std::{
 };
 
 use mesh_core::{ProgressSink, WeightFormat};
-use mesh_models::{Artifact, probe, unpack_gguf};
+use mesh_models::{Artifact, Floats, probe, unpack_gguf};
 
 /// Remembers the most bytes that were in use.
 struct Counting;
@@ -59,7 +59,7 @@ fn peak_of_unpacking(blocks: u64) -> usize {
     fs::write(&path, content).unwrap();
     let before = NOW.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
-    let report = unpack_gguf(&path, &root.path().join("out.gguf"), &ProgressSink::silent()).unwrap();
+    let report = unpack_gguf(&path, &root.path().join("out.gguf"), Floats::F16, &ProgressSink::silent()).unwrap();
     assert!(report.bytes > 64 * blocks);
     PEAK.load(Ordering::Relaxed) - before
 }

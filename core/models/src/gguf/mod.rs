@@ -5,6 +5,8 @@
 //! are left, and what is kept (keys, tensor names and shapes) is smaller than the part of the file it was read from.
 
 mod block;
+mod k_block;
+mod packing;
 mod reader;
 mod tensor_type;
 
@@ -14,6 +16,7 @@ use memmap2::Mmap;
 use mesh_core::ProbeError;
 
 pub(crate) use block::{Block, GROUP};
+pub(crate) use packing::Packing;
 use reader::Reader;
 pub use tensor_type::TensorType;
 
@@ -252,6 +255,12 @@ impl<'a> Array<'a> {
         self.len == 0
     }
 
+    /// The elements as 32-bit floats; none if they are not that.
+    pub fn floats(self) -> impl Iterator<Item = f32> {
+        let bytes = if self.kind == FLOAT32 { self.bytes } else { &[] };
+        bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes))
+    }
+
     /// The elements as bytes of text; none if they are not texts.
     pub fn texts(self) -> impl Iterator<Item = &'a [u8]> {
         let mut reader = Reader::new(self.bytes);
@@ -259,17 +268,19 @@ impl<'a> Array<'a> {
         (0..len).map_while(move |_| reader.text(TEXT_BYTES_MAX).ok().map(|span| &self.bytes[span]))
     }
 
-    /// The elements as whole numbers; none if they are not whole numbers. Negative ones end the iteration.
+    /// The elements as whole numbers, truth values as 0 and 1; none if they are neither. Negative ones end the iteration.
     pub fn unsigned(self) -> impl Iterator<Item = u64> {
         let mut reader = Reader::new(self.bytes);
         (0..self.len).map_while(move |_| match scalar(&mut reader, self.kind) {
             Ok(Some(Value::Unsigned(number))) => Some(number),
             Ok(Some(Value::Signed(number))) => u64::try_from(number).ok(),
+            Ok(Some(Value::Bool(value))) => Some(value.into()),
             _ => None,
         })
     }
 }
 
+const FLOAT32: u32 = 6;
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 

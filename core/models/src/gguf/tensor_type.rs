@@ -51,6 +51,11 @@ impl TensorType {
     pub const Q5_0: Self = Self(6);
     pub const Q5_1: Self = Self(7);
     pub const Q8_0: Self = Self(8);
+    pub const Q2_K: Self = Self(10);
+    pub const Q3_K: Self = Self(11);
+    pub const Q4_K: Self = Self(12);
+    pub const Q5_K: Self = Self(13);
+    pub const Q6_K: Self = Self(14);
     pub const F64: Self = Self(28);
     pub const BF16: Self = Self(30);
 

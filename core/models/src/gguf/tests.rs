@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::GgufWriter;
+use crate::testing::{GgufWriter, K_QUANTS, k_block};
 
 fn tiny() -> Vec<u8> {
     GgufWriter::new("llama")
@@ -10,6 +10,7 @@ fn tiny() -> Vec<u8> {
         .bool("tokenizer.ggml.add_bos_token", true)
         .texts("tokenizer.ggml.tokens", &["<s>", "a", "ä"])
         .numbers("tokenizer.ggml.token_type", &[3, 1, -1])
+        .floats("tokenizer.ggml.scores", &[0.5, -1.0])
         .tensor("token_embd.weight", &[32, 2], 2, (0..36).collect())
         .tensor("output_norm.weight", &[4], 0, vec![7; 16])
         .finish()
@@ -45,11 +46,52 @@ fn values_come_back() {
     assert_eq!(tokens.texts().collect::<Vec<_>>(), [&b"<s>"[..], b"a", "ä".as_bytes()]);
     assert_eq!(tokens.unsigned().count(), 0);
     assert_eq!(gguf.array("tokenizer.ggml.token_type").unwrap().unsigned().collect::<Vec<_>>(), [3, 1]);
+    assert_eq!(gguf.array("tokenizer.ggml.scores").unwrap().floats().collect::<Vec<_>>(), [0.5, -1.0]);
+    assert_eq!(tokens.floats().count(), 0);
     assert_eq!(gguf.text("llama.block_count"), None);
     let [embedding, norm] = &gguf.tensors[..] else { panic!() };
     assert_eq!((embedding.kind, embedding.elements(), embedding.rows()), (TensorType::Q4_0, 64, 2));
     assert_eq!(gguf.tensor_data(embedding).unwrap(), (0..36).collect::<Vec<u8>>());
     assert_eq!(gguf.tensor_data(norm).unwrap(), [7; 16]);
+}
+
+#[test]
+fn k_quants_have_the_values_that_others_read() {
+    for (name, kind) in K_QUANTS {
+        let (stored, expected) = k_block(name);
+        assert_eq!(TensorType(kind).to_string(), name);
+        let block = Block::of(TensorType(kind)).unwrap();
+        assert_eq!(TensorType(kind).block(), Some((block.elements() as u64, block.bytes() as u64)));
+        assert_eq!((block.bytes(), block.elements()), (stored.len(), expected.len()));
+        let mut distinct = expected.clone();
+        distinct.sort_by(f32::total_cmp);
+        distinct.dedup();
+        assert!(distinct.len() > 20, "the block tells its values apart");
+        let mut values = Vec::new();
+        Packing::of(TensorType(kind)).unwrap().values(&[&stored[..], &stored].concat(), &mut values);
+        assert_eq!(values[..256], expected, "{name}");
+        assert_eq!(values[256..], expected, "{name}");
+        // Where the values are affine groups, the groups are all there is.
+        let mut groups = Vec::new();
+        block.groups(&stored, |group| groups.extend(group.values()));
+        assert_eq!(groups, if block.affine_bits().is_some() { expected } else { vec![] }, "{name}");
+    }
+    assert!(Block::NAMES.iter().all(|name| {
+        (0..40).any(|kind| Block::of(TensorType(kind)).is_some() && TensorType(kind).to_string() == *name)
+    }));
+}
+
+#[test]
+fn floats_have_their_values() {
+    let values = |kind: TensorType, stored: &[u8]| {
+        let mut values = Vec::new();
+        Packing::of(kind).unwrap().values(stored, &mut values);
+        values
+    };
+    assert_eq!(values(TensorType::F32, &[0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0]), [1.0, -2.0]);
+    assert_eq!(values(TensorType::F16, &[0, 0x3c, 0, 0xc0]), [1.0, -2.0]);
+    assert_eq!(values(TensorType::BF16, &[0x80, 0x3f, 0, 0xc0]), [1.0, -2.0]);
+    assert_eq!(Packing::of(TensorType::F64), None);
 }
 
 #[test]

@@ -4,43 +4,15 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::{rope, tensors::Output};
+use super::{
+    architecture::{ARCHITECTURES, Architecture},
+    gemma3, rope,
+    tensors::Output,
+};
 use crate::{
     error::ImportError,
     gguf::{GROUP, Gguf},
 };
-
-/// What sets an architecture apart from the others that can be imported.
-#[derive(Debug)]
-pub(super) struct Architecture {
-    /// `general.architecture`, and `model_type` too.
-    pub name: &'static str,
-    class: &'static str,
-    /// Whether llama.cpp reorders the rows of q and k.
-    pub permuted: bool,
-    /// Whether q and k are normed per head.
-    pub head_norms: bool,
-    /// Whether projections other than q, k and v may have biases, which config.json then says.
-    pub bias_everywhere: bool,
-}
-
-const ARCHITECTURES: &[Architecture] = &[
-    Architecture { name: "llama", class: "LlamaForCausalLM", permuted: true, head_norms: false, bias_everywhere: true },
-    Architecture {
-        name: "qwen2",
-        class: "Qwen2ForCausalLM",
-        permuted: false,
-        head_norms: false,
-        bias_everywhere: false,
-    },
-    Architecture {
-        name: "qwen3",
-        class: "Qwen3ForCausalLM",
-        permuted: false,
-        head_norms: true,
-        bias_everywhere: false,
-    },
-];
 
 /// The sizes of a model.
 #[derive(Debug)]
@@ -50,7 +22,7 @@ pub(super) struct Model {
     pub heads: u32,
     pub kv_heads: u32,
     pub head_dim: u32,
-    hidden: u32,
+    pub hidden: u32,
     intermediate: u32,
     context: u32,
 }
@@ -88,7 +60,11 @@ impl Model {
             return Err(ImportError::Setting { key: format!("{name}.attention.key_length"), what });
         }
         // What these change is not written into config.json, so the import would be another model.
-        for key in ["attention.sliding_window", "expert_count", "attention.clamp_kqv", "attention.scale"] {
+        let always =
+            ["expert_count", "attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping"].as_slice();
+        let unless_gemma = ["attention.sliding_window", "attention.scale"].as_slice();
+        let refused = always.iter().chain(unless_gemma.iter().filter(|_| name != gemma3::NAME));
+        for key in refused {
             let key = format!("{name}.{key}");
             if let Some(value) = gguf.float(&key).filter(|value| *value != 0.0) {
                 return Err(ImportError::Setting {
@@ -123,7 +99,9 @@ pub(super) fn config<D: AsRef<[u8]>>(
     let name = model.architecture.name;
     let eps_key = format!("{name}.attention.layer_norm_rms_epsilon");
     let eps = gguf.float(&eps_key).ok_or_else(|| ImportError::Setting { key: eps_key, what: "missing".into() })?;
-    let theta = shortest(gguf.float(&format!("{name}.rope.freq_base")).unwrap_or(10000.0));
+    let is_gemma3 = name == gemma3::NAME;
+    let theta = gguf.float(&format!("{name}.rope.freq_base"));
+    let theta = shortest(theta.unwrap_or(if is_gemma3 { gemma3::THETA } else { 10_000.0 }));
     let has = |ending: &str| outputs.iter().any(|output| output.name.ends_with(ending));
     let embedding = outputs.iter().find(|output| output.name == "model.embed_tokens.weight");
     let Some(embedding) = embedding else {
@@ -131,7 +109,7 @@ pub(super) fn config<D: AsRef<[u8]>>(
     };
     let mut config = json!({
         "architectures": [model.architecture.class],
-        "model_type": name,
+        "model_type": model.architecture.model_type,
         "hidden_size": model.hidden,
         "intermediate_size": model.intermediate,
         "num_hidden_layers": model.layers,
@@ -140,7 +118,6 @@ pub(super) fn config<D: AsRef<[u8]>>(
         "head_dim": model.head_dim,
         "max_position_embeddings": model.context,
         "rms_norm_eps": shortest(eps),
-        "hidden_act": "silu",
         "vocab_size": embedding.shape[0],
         "rope_theta": theta,
         "rope_scaling": rope::scaling(gguf, name, model.head_dim, theta)?,
@@ -148,6 +125,11 @@ pub(super) fn config<D: AsRef<[u8]>>(
         "torch_dtype": "float32",
     });
     let Value::Object(fields) = &mut config else { return Ok(config) };
+    if is_gemma3 {
+        fields.extend(gemma3::fields(gguf, model)?);
+    } else {
+        fields.insert("hidden_act".into(), "silu".into());
+    }
     if model.architecture.bias_everywhere {
         fields.insert("attention_bias".into(), has("_proj.bias").into());
         fields.insert("mlp_bias".into(), has("down_proj.bias").into());

@@ -1,10 +1,14 @@
 //! A GGUF into an MLX directory, without loss.
 //!
-//! Blocks of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 become MLX's affine groups of 32: the codes stay what they are, scales
-//! and biases are kept in 32-bit floats, so that every weight keeps its value. Types that would have to be rounded are
-//! refused. The GGUF is memory-mapped and one tensor at a time is converted; the directory appears whole, by a rename.
+//! Blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K and Q5_K become MLX's affine groups of 32: the codes stay what they are,
+//! scales and biases are kept in 32-bit floats, so that every weight keeps its value. Q2_K, Q3_K and Q6_K have scales for
+//! 16 values, which no MLX mode has: they become 32-bit floats. Other types are refused. The GGUF is memory-mapped and
+//! one tensor at a time is converted; the directory appears whole, by a rename.
 
+mod architecture;
 mod config;
+mod gemma3;
+mod pieces;
 mod repack;
 mod rope;
 mod tensors;
@@ -22,7 +26,7 @@ use serde_json::Value;
 use crate::{error::ImportError, gguf::Gguf};
 
 /// Goes into the names of imported directories, so that a changed import is made again.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// What an import made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,8 +45,9 @@ pub struct ImportReport {
 ///
 /// # Errors
 ///
-/// Architectures other than llama, qwen2 and qwen3, K-quants and other types that do not repack without loss,
-/// tokenizers other than byte-level BPE, and an `out` that exists. Nothing is left behind.
+/// Architectures other than llama, qwen2, qwen3 and gemma3, types that are no floats, legacy blocks or K-quants,
+/// tokenizers other than byte-level BPE and scored pieces, settings that config.json cannot say, and an `out` that
+/// exists. Nothing is left behind.
 pub fn import_gguf(gguf: &Path, out: &Path, progress: &ProgressSink) -> Result<ImportReport, ImportError> {
     if out.exists() {
         return Err(ImportError::Exists { path: out.to_owned() });

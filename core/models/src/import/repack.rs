@@ -1,9 +1,6 @@
-//! GGUF blocks of 32 into MLX affine groups of 32: in both a value is `code * scale + bias`, so values stay exact.
+//! GGUF groups of 32 into MLX affine groups of 32: in both a value is `code * scale + bias`, so values stay exact.
 
 use crate::gguf::GROUP;
-
-/// The tensor types that an import takes without loss.
-pub(super) const LOSSLESS: &[&str] = &["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"];
 
 /// Packs a group's codes as one little-endian bit string: `bits` words of 32 bits, appended to `out`.
 pub(super) fn pack(codes: &[u8; GROUP], bits: usize, out: &mut Vec<u8>) {

@@ -4,13 +4,10 @@ use std::{borrow::Cow, collections::BTreeSet};
 
 use safetensors::{Dtype, View};
 
-use super::{
-    config::Model,
-    repack::{LOSSLESS, pack},
-};
+use super::{config::Model, repack::pack};
 use crate::{
     error::ImportError,
-    gguf::{Block, GROUP, Gguf, Tensor, TensorType},
+    gguf::{Block, GROUP, Gguf, Packing, Tensor},
 };
 
 /// A tensor to be written.
@@ -31,17 +28,23 @@ pub(super) struct Output<'a> {
 /// What of the source an output holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
+    /// All of it, as it is.
     Whole,
-    Codes(Block),
+    /// The codes of affine groups, of that many bits.
+    Codes(Block, usize),
     Scales(Block),
     Biases(Block),
+    /// The values, in 32-bit floats.
+    Values(Packing),
+    /// The same, less one.
+    LessOne(Packing),
 }
 
 impl Output<'_> {
     /// The module and the bits of its codes, if this is a quantized weight.
     pub fn quantized(&self) -> Option<(&str, usize)> {
         match self.part {
-            Part::Codes(block) => Some((self.name.strip_suffix(".weight")?, block.bits())),
+            Part::Codes(_, bits) => Some((self.name.strip_suffix(".weight")?, bits)),
             _ => None,
         }
     }
@@ -60,17 +63,25 @@ impl Output<'_> {
             return Cow::Borrowed(self.rows);
         }
         let mut out = Vec::with_capacity(self.bytes());
+        let mut floats = Vec::new();
         for row in self.ordered() {
+            let blocks = |block: Block| row.chunks_exact(block.bytes());
             match self.part {
                 Part::Whole => out.extend_from_slice(row),
-                Part::Codes(block) => {
-                    row.chunks_exact(block.bytes()).for_each(|b| pack(&block.read(b).codes, block.bits(), &mut out));
+                Part::Codes(block, bits) => {
+                    blocks(block).for_each(|stored| block.groups(stored, |group| pack(&group.codes, bits, &mut out)));
                 }
                 Part::Scales(block) => {
-                    row.chunks_exact(block.bytes()).for_each(|b| out.extend(block.read(b).scale.to_le_bytes()));
+                    blocks(block).for_each(|stored| block.groups(stored, |group| out.extend(group.scale.to_le_bytes())))
                 }
                 Part::Biases(block) => {
-                    row.chunks_exact(block.bytes()).for_each(|b| out.extend(block.read(b).bias.to_le_bytes()));
+                    blocks(block).for_each(|stored| block.groups(stored, |group| out.extend(group.bias.to_le_bytes())))
+                }
+                Part::Values(packing) | Part::LessOne(packing) => {
+                    let less = if matches!(self.part, Part::LessOne(_)) { 1.0 } else { 0.0 };
+                    floats.clear();
+                    packing.values(row, &mut floats);
+                    out.extend(floats.iter().flat_map(|value| (value - less).to_le_bytes()));
                 }
             }
         }
@@ -137,21 +148,33 @@ pub(super) fn plan<'a, D: AsRef<[u8]>>(gguf: &'a Gguf<D>, model: &Model) -> Resu
         let count = if shape.len() == 1 && permuted.is_some() { shape[0] } else { tensor.rows() };
         let row_bytes = rows.len() / count;
         let output = |name: String, dtype, shape, part| Output { name, dtype, shape, rows, row_bytes, permuted, part };
-        let dtype = match tensor.kind {
-            TensorType::F32 => Some(Dtype::F32),
-            TensorType::F16 => Some(Dtype::F16),
-            TensorType::BF16 => Some(Dtype::BF16),
-            _ => None,
-        };
-        if let Some(dtype) = dtype {
-            outputs.push(output(format!("{module}.{leaf}"), dtype, shape, Part::Whole));
+        let packing = Packing::of(tensor.kind).ok_or_else(|| refused(tensor))?;
+        if model.architecture.norms_with_one && module.ends_with("norm") {
+            outputs.push(output(format!("{module}.{leaf}"), Dtype::F32, shape, Part::LessOne(packing)));
             continue;
         }
-        let block = Block::of(tensor.kind).filter(|_| leaf == "weight" && shape.len() == 2);
-        let Some(block) = block else { return Err(refused(tensor)) };
+        let block = match packing {
+            Packing::F32 | Packing::F16 | Packing::BF16 => {
+                let dtype = match packing {
+                    Packing::F16 => Dtype::F16,
+                    Packing::BF16 => Dtype::BF16,
+                    _ => Dtype::F32,
+                };
+                outputs.push(output(format!("{module}.{leaf}"), dtype, shape, Part::Whole));
+                continue;
+            }
+            Packing::Blocks(block) => block,
+        };
+        if leaf != "weight" || shape.len() != 2 {
+            return Err(refused(tensor));
+        }
+        let Some(bits) = block.affine_bits() else {
+            outputs.push(output(format!("{module}.{leaf}"), Dtype::F32, shape, Part::Values(packing)));
+            continue;
+        };
         let (out, groups) = (shape[0], shape[1] / GROUP);
-        let codes = vec![out, groups * block.bits()];
-        outputs.push(output(format!("{module}.weight"), Dtype::U32, codes, Part::Codes(block)));
+        let codes = vec![out, groups * bits];
+        outputs.push(output(format!("{module}.weight"), Dtype::U32, codes, Part::Codes(block, bits)));
         outputs.push(output(format!("{module}.scales"), Dtype::F32, vec![out, groups], Part::Scales(block)));
         outputs.push(output(format!("{module}.biases"), Dtype::F32, vec![out, groups], Part::Biases(block)));
     }
@@ -159,7 +182,12 @@ pub(super) fn plan<'a, D: AsRef<[u8]>>(gguf: &'a Gguf<D>, model: &Model) -> Resu
 }
 
 fn refused(tensor: &Tensor) -> ImportError {
-    ImportError::TensorType { tensor: tensor.name.clone(), kind: tensor.kind.to_string(), known: LOSSLESS.to_vec() }
+    ImportError::TensorType { tensor: tensor.name.clone(), kind: tensor.kind.to_string(), known: importable() }
+}
+
+/// The types that an import takes.
+fn importable() -> Vec<&'static str> {
+    ["F32", "F16", "BF16"].into_iter().chain(Block::NAMES.iter().copied()).collect()
 }
 
 fn setting(key: &str, what: impl Into<String>) -> ImportError {
@@ -199,18 +227,18 @@ fn rename(name: &str, model: &Model) -> Option<(String, &'static str)> {
     }
     let (layer, part) = stem.strip_prefix("blk.")?.split_once('.')?;
     let layer: u32 = layer.parse().ok().filter(|layer| *layer < model.layers)?;
+    if let Some((_, norm)) = model.architecture.norms.iter().find(|(name, _)| *name == part) {
+        return (leaf == "weight").then(|| (format!("model.layers.{layer}.{norm}"), leaf));
+    }
+    let elsewhere = model.architecture.bias_everywhere;
     let (part, may_bias) = match part {
-        "attn_norm" => ("input_layernorm", false),
-        "ffn_norm" => ("post_attention_layernorm", false),
         "attn_q" => ("self_attn.q_proj", true),
         "attn_k" => ("self_attn.k_proj", true),
         "attn_v" => ("self_attn.v_proj", true),
-        "attn_output" => ("self_attn.o_proj", model.architecture.bias_everywhere),
-        "attn_q_norm" if model.architecture.head_norms => ("self_attn.q_norm", false),
-        "attn_k_norm" if model.architecture.head_norms => ("self_attn.k_norm", false),
-        "ffn_gate" => ("mlp.gate_proj", model.architecture.bias_everywhere),
-        "ffn_up" => ("mlp.up_proj", model.architecture.bias_everywhere),
-        "ffn_down" => ("mlp.down_proj", model.architecture.bias_everywhere),
+        "attn_output" => ("self_attn.o_proj", elsewhere),
+        "ffn_gate" => ("mlp.gate_proj", elsewhere),
+        "ffn_up" => ("mlp.up_proj", elsewhere),
+        "ffn_down" => ("mlp.down_proj", elsewhere),
         _ => return None,
     };
     (leaf == "weight" || may_bias).then(|| (format!("model.layers.{layer}.{part}"), leaf))

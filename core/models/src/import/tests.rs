@@ -6,7 +6,7 @@ use safetensors::{Dtype, SafeTensors};
 use super::{repack::*, *};
 use crate::{
     gguf::Block,
-    testing::{BLOCKS as KINDS, GgufWriter, dequantized, golden, scaled, tiny_llama as tiny},
+    testing::{BLOCKS as KINDS, GgufWriter, K_QUANTS, dequantized, golden, k_block, scaled, tiny_llama as tiny},
 };
 
 const TEXTS: &[&str] = &[
@@ -139,8 +139,11 @@ proptest! {
         bytes.truncate(size);
         scaled(&mut bytes, kind);
         let block = Block::of(crate::gguf::TensorType(kind)).unwrap();
-        prop_assert_eq!((block.bytes(), block.bits()), (size, bits));
-        let group = block.read(&bytes);
+        prop_assert_eq!((block.bytes(), block.affine_bits()), (size, Some(bits)));
+        let mut groups = Vec::new();
+        block.groups(&bytes, |group| groups.push(group.clone()));
+        prop_assert_eq!(groups.len(), 1);
+        let group = &groups[0];
         let mut packed = Vec::new();
         pack(&group.codes, bits, &mut packed);
         prop_assert_eq!(packed.len(), 4 * bits);
@@ -198,17 +201,73 @@ fn quantized_files_keep_every_value_and_their_rows() {
 }
 
 #[test]
+fn k_quants_are_repacked_where_mlx_has_their_groups_and_floats_elsewhere() {
+    for (name, kind) in K_QUANTS {
+        let (block, values) = k_block(name);
+        let bits = match name {
+            "Q4_K" => Some(4),
+            "Q5_K" => Some(5),
+            _ => None,
+        };
+        // Q is permuted: heads of 8 rows, each a block, told apart by the first byte of codes.
+        let content = |rows: usize| {
+            let blocks = (0..rows).map(|row| {
+                let mut block = block.clone();
+                block[60] = row as u8;
+                block
+            });
+            blocks.collect::<Vec<_>>()
+        };
+        let mut writer = tiny("gpt-2").tensor("blk.0.attn_q.weight", &[256, 32], kind, content(32).concat()).tensor(
+            "blk.0.ffn_down.weight",
+            &[512, 3],
+            kind,
+            block.repeat(6),
+        );
+        writer.tensors[0] = ("token_embd.weight".into(), vec![32, 10], 8, vec![1; 340]);
+        let (_root, out, _) = import(written(&writer).path());
+        let tensors = tensors(&out.join("model.safetensors"));
+        let of = |module: &str| -> Vec<f32> {
+            let of = |leaf: &str| &tensors[&format!("{module}.{leaf}")];
+            match bits {
+                Some(bits) => affine(&of("weight").2, bits, &of("scales").2, &of("biases").2),
+                None => of("weight").2.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+            }
+        };
+        assert!(of("model.layers.0.mlp.down_proj") == values.repeat(6), "{name}");
+        let kept = crate::gguf::Packing::of(crate::gguf::TensorType(kind)).unwrap();
+        let order = |row: usize| (row / 8) * 8 + (row % 4) * 2 + (row % 8) / 4;
+        let mut expected = Vec::new();
+        (0..32).for_each(|row| kept.values(&content(32)[order(row)], &mut expected));
+        assert!(of("model.layers.0.self_attn.q_proj") == expected, "{name}");
+        let weight = &tensors["model.layers.0.mlp.down_proj.weight"];
+        let config = json(out.join("config.json"));
+        match bits {
+            Some(bits) => {
+                assert_eq!((weight.0, &weight.1[..]), (Dtype::U32, &[3, 16 * bits][..]));
+                assert_eq!(config["quantization"]["bits"], bits);
+            }
+            None => {
+                assert_eq!((weight.0, &weight.1[..]), (Dtype::F32, &[3, 512][..]));
+                assert!(!tensors.contains_key("model.layers.0.mlp.down_proj.scales"));
+                assert_eq!(config["quantization"]["bits"], 8, "what is quantized is the embedding");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_imported_is_refused_by_name() {
     let mut other = tiny("gpt-2");
-    other.entries[0] = GgufWriter::new("gemma3").entries[0].clone();
-    assert!(matches!(refusal(&other), ImportError::Architecture { architecture, .. } if architecture == "gemma3"));
+    other.entries[0] = GgufWriter::new("falcon").entries[0].clone();
+    assert!(matches!(refusal(&other), ImportError::Architecture { architecture, .. } if architecture == "falcon"));
 
-    let q4_k = tiny("gpt-2").tensor("blk.0.ffn_up.weight", &[256, 1], 12, vec![0; 144]);
-    let error = refusal(&q4_k);
+    let iq4 = tiny("gpt-2").tensor("blk.0.ffn_up.weight", &[32, 1], 20, vec![0; 18]);
+    let error = refusal(&iq4);
     assert_eq!(
         error.to_string(),
-        "tensor `blk.0.ffn_up.weight` is Q4_K, which cannot be repacked without loss; these types can: F32, F16, BF16, \
-         Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
+        "tensor `blk.0.ffn_up.weight` is IQ4_NL, which cannot be imported; these types can: F32, F16, BF16, Q4_0, \
+         Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K"
     );
     let strange = tiny("gpt-2").tensor("blk.0.ffn_gate_exps.weight", &[32], 0, vec![0; 128]);
     assert!(matches!(refusal(&strange), ImportError::UnknownTensor { .. }));

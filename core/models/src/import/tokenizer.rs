@@ -1,9 +1,10 @@
-//! tokenizer.json and tokenizer_config.json from the vocabulary of a GGUF: byte-level BPE.
+//! tokenizer.json and tokenizer_config.json from the vocabulary of a GGUF: byte-level BPE, and scored pieces.
 
 use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
+use super::pieces;
 use crate::{error::ImportError, gguf::Gguf};
 
 /// The two files.
@@ -53,43 +54,115 @@ const CUTS: &[Cut] = &[
     },
 ];
 
+pub(super) const NORMAL: u64 = 1;
 const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
 const UNUSED: u64 = 5;
+pub(super) const BYTE: u64 = 6;
+
+/// The parts of tokenizer.json that kinds of tokenizers differ in.
+pub(super) struct Encoding {
+    pub normalizer: Value,
+    pub pre_tokenizer: Value,
+    pub decoder: Value,
+    pub model: Value,
+    /// Whether a begin-of-text token comes first, unless the header says otherwise.
+    pub adds_bos: bool,
+}
 
 pub(super) fn read<D: AsRef<[u8]>>(gguf: &Gguf<D>) -> Result<Tokenizer, ImportError> {
-    let model = gguf.text("tokenizer.ggml.model").unwrap_or("none");
-    if model != "gpt2" {
-        return Err(refuse(format!("its model is `{model}`; byte-level BPE (`gpt2`) can be imported")));
-    }
-    let pre = gguf.text("tokenizer.ggml.pre").unwrap_or("default");
-    let Some(cut) = CUTS.iter().find(|cut| cut.names.contains(&pre)) else {
-        let known: Vec<_> = CUTS.iter().flat_map(|cut| cut.names).copied().collect();
-        return Err(refuse(format!("its pre-tokenizer is `{pre}`; those that can be imported: {}", known.join(", "))));
+    let vocabulary;
+    let encoding = match gguf.text("tokenizer.ggml.model").unwrap_or("none") {
+        "gpt2" => {
+            let cut = cut(gguf)?;
+            vocabulary = Vocabulary::read(gguf)?;
+            byte_level_bpe(gguf, &vocabulary, cut)?
+        }
+        "llama" => {
+            vocabulary = Vocabulary::read(gguf)?;
+            pieces::encoding(gguf, &vocabulary)?
+        }
+        model => {
+            return Err(refuse(format!(
+                "its model is `{model}`; byte-level BPE (`gpt2`) and scored pieces (`llama`) can be imported"
+            )));
+        }
     };
-    let vocabulary = Vocabulary::read(gguf)?;
-    let add_bos = gguf.bool("tokenizer.ggml.add_bos_token").unwrap_or(cut.adds_bos);
     let special = |name: &str| {
         let id = gguf.unsigned(&format!("tokenizer.ggml.{name}_token_id"))?;
         Some((id, *vocabulary.texts.get(usize::try_from(id).ok()?)?))
     };
-    let post_processor = match special("bos").filter(|_| add_bos) {
-        None => Value::Null,
-        Some((id, text)) => json!({
-            "type": "TemplateProcessing",
-            "single": [
-                { "SpecialToken": { "id": text, "type_id": 0 } },
-                { "Sequence": { "id": "A", "type_id": 0 } },
-            ],
-            "pair": [
-                { "SpecialToken": { "id": text, "type_id": 0 } },
-                { "Sequence": { "id": "A", "type_id": 0 } },
-                { "Sequence": { "id": "B", "type_id": 1 } },
-            ],
-            "special_tokens": { text: { "id": text, "ids": [id], "tokens": [text] } },
-        }),
+    let added = |name: &str, default: bool| {
+        gguf.bool(&format!("tokenizer.ggml.add_{name}_token")).unwrap_or(default).then(|| special(name)).flatten()
     };
+    let (bos, eos) = (added("bos", encoding.adds_bos), added("eos", false));
+    let tokenizer = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": vocabulary.added(),
+        "normalizer": encoding.normalizer,
+        "pre_tokenizer": encoding.pre_tokenizer,
+        "post_processor": post_processor(bos, eos),
+        "decoder": encoding.decoder,
+        "model": encoding.model,
+    });
+    let mut config = Map::new();
+    config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    for (field, name) in
+        [("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")]
+    {
+        config.insert(field.into(), special(name).map_or(Value::Null, |(_, text)| text.into()));
+    }
+    config.insert("add_bos_token".into(), bos.is_some().into());
+    config.insert("add_eos_token".into(), eos.is_some().into());
+    config.insert("clean_up_tokenization_spaces".into(), false.into());
+    if let Some(template) = gguf.text("tokenizer.chat_template") {
+        config.insert("chat_template".into(), template.into());
+    }
+    Ok(Tokenizer { tokenizer, config: Value::Object(config) })
+}
+
+pub(super) fn refuse(what: String) -> ImportError {
+    ImportError::Tokenizer { what }
+}
+
+/// The tokens, by id and text, that are put around every text.
+fn post_processor(bos: Option<(u64, &str)>, eos: Option<(u64, &str)>) -> Value {
+    if bos.is_none() && eos.is_none() {
+        return Value::Null;
+    }
+    let token =
+        |added: Option<(u64, &str)>| added.map(|(_, text)| json!({ "SpecialToken": { "id": text, "type_id": 0 } }));
+    let around = |texts: &[Value]| token(bos).into_iter().chain(texts.iter().cloned()).chain(token(eos)).collect();
+    let (one, other) =
+        (json!({ "Sequence": { "id": "A", "type_id": 0 } }), json!({ "Sequence": { "id": "B", "type_id": 1 } }));
+    let (single, pair): (Vec<_>, Vec<_>) = (around(&[one.clone()]), around(&[one, other]));
+    let special = [bos, eos].into_iter().flatten();
+    let special = special.map(|(id, text)| (text.to_owned(), json!({ "id": text, "ids": [id], "tokens": [text] })));
+    json!({
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": pair,
+        "special_tokens": special.collect::<Map<_, _>>(),
+    })
+}
+
+/// How a pre-tokenizer named by the header cuts text.
+fn cut<D: AsRef<[u8]>>(gguf: &Gguf<D>) -> Result<&'static Cut, ImportError> {
+    let pre = gguf.text("tokenizer.ggml.pre").unwrap_or("default");
+    CUTS.iter().find(|cut| cut.names.contains(&pre)).ok_or_else(|| {
+        let known: Vec<_> = CUTS.iter().flat_map(|cut| cut.names).copied().collect();
+        refuse(format!("its pre-tokenizer is `{pre}`; those that can be imported: {}", known.join(", ")))
+    })
+}
+
+fn byte_level_bpe<D: AsRef<[u8]>>(
+    gguf: &Gguf<D>,
+    vocabulary: &Vocabulary<'_>,
+    cut: &Cut,
+) -> Result<Encoding, ImportError> {
     let byte_level = |use_regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex });
     let pre_tokenizer = match &cut.split {
         None => byte_level(true),
@@ -105,16 +178,11 @@ pub(super) fn read<D: AsRef<[u8]>>(gguf: &Gguf<D>) -> Result<Tokenizer, ImportEr
             ],
         }),
     };
-    let tokenizer = json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": vocabulary.added(),
-        "normalizer": if cut.nfc { json!({ "type": "NFC" }) } else { Value::Null },
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": post_processor,
-        "decoder": byte_level(true),
-        "model": {
+    Ok(Encoding {
+        normalizer: if cut.nfc { json!({ "type": "NFC" }) } else { Value::Null },
+        pre_tokenizer,
+        decoder: byte_level(true),
+        model: json!({
             "type": "BPE",
             "dropout": null,
             "unk_token": null,
@@ -123,34 +191,18 @@ pub(super) fn read<D: AsRef<[u8]>>(gguf: &Gguf<D>) -> Result<Tokenizer, ImportEr
             "fuse_unk": false,
             "byte_fallback": false,
             "ignore_merges": cut.ignore_merges,
-            "merges": merges(gguf, &vocabulary)?,
+            "merges": merges(gguf, vocabulary)?,
             "vocab": vocabulary.table(),
-        },
-    });
-    let mut config = Map::new();
-    config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
-    for (field, name) in
-        [("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")]
-    {
-        config.insert(field.into(), special(name).map_or(Value::Null, |(_, text)| text.into()));
-    }
-    config.insert("add_bos_token".into(), add_bos.into());
-    config.insert("clean_up_tokenization_spaces".into(), false.into());
-    if let Some(template) = gguf.text("tokenizer.chat_template") {
-        config.insert("chat_template".into(), template.into());
-    }
-    Ok(Tokenizer { tokenizer, config: Value::Object(config) })
-}
-
-fn refuse(what: String) -> ImportError {
-    ImportError::Tokenizer { what }
+        }),
+        adds_bos: cut.adds_bos,
+    })
 }
 
 /// The tokens by id, with their kinds.
-struct Vocabulary<'a> {
-    texts: Vec<&'a str>,
-    kinds: Vec<u64>,
-    ids: HashMap<&'a str, usize>,
+pub(super) struct Vocabulary<'a> {
+    pub texts: Vec<&'a str>,
+    pub kinds: Vec<u64>,
+    pub ids: HashMap<&'a str, usize>,
 }
 
 impl<'a> Vocabulary<'a> {
@@ -176,12 +228,12 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// Unused entries only fill the embedding up; nothing encodes to them.
-    fn used(&self) -> impl Iterator<Item = (usize, &'a str, u64)> {
+    pub fn used(&self) -> impl Iterator<Item = (usize, &'a str, u64)> {
         let all = self.texts.iter().zip(&self.kinds).enumerate();
         all.filter(|(_, (_, kind))| **kind != UNUSED).map(|(id, (text, kind))| (id, *text, *kind))
     }
 
-    fn table(&self) -> Value {
+    pub fn table(&self) -> Value {
         Value::Object(self.used().map(|(id, text, _)| (text.to_owned(), id.into())).collect())
     }
 

@@ -102,7 +102,7 @@ async fn an_entry_that_asks_for_it_is_unpacked_once_and_still_imported() {
     let content = tiny_llama("gpt-2").tensor("blk.0.ffn_up.weight", &[32, 32], 8, vec![1; 34 * 32]).finish();
     let house = house(&[("tiny.gguf", &content)], false);
     let (plain, silent) = (entry(&content), ProgressSink::silent());
-    let entry = Entry { unpack: Some(Unpack::F16), ..plain.clone() };
+    let entry = Entry { unpack: Some(Floats::F16), ..plain.clone() };
     let imports = Arc::new(Mutex::new(Vec::new()));
     let seen = imports.clone();
     let sink = ProgressSink::new(move |progress| {
@@ -151,7 +151,7 @@ fn entries_of_one_file_share_it_and_unpacked_ones_list_what_is_served() {
     file.set_len(default.bytes.unwrap()).unwrap();
     let there = (Some("SmolLM2-135M-Instruct".to_owned()), default.bytes);
     assert_eq!((listed(default), listed(plain)), (there.clone(), there.clone()));
-    let unpacked = house.store.unpacked_path(default, Unpack::F16);
+    let unpacked = house.store.unpacked_path(default, Floats::F16);
     fs::create_dir_all(unpacked.parent().unwrap()).unwrap();
     fs::write(&unpacked, "0123456").unwrap();
     assert_eq!(listed(default), (Some("SmolLM2-135M-Instruct-b179c9523d0e-F16-v1".to_owned()), Some(7)));

@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     probe,
     store::Artifact,
-    testing::{BLOCKS, GgufWriter, dequantized, scaled, tiny_llama as tiny},
+    testing::{BLOCKS, GgufWriter, K_QUANTS, dequantized, k_block, scaled, tiny_llama as tiny},
 };
 
 /// Enough rows that a tensor is more than is unpacked at a time.
@@ -39,7 +39,11 @@ impl House {
     }
 
     fn unpack(&self) -> Result<UnpackReport, ImportError> {
-        unpack_gguf(&self.source, &self.out, &ProgressSink::silent())
+        self.unpack_into(Floats::F16)
+    }
+
+    fn unpack_into(&self, floats: Floats) -> Result<UnpackReport, ImportError> {
+        unpack_gguf(&self.source, &self.out, floats, &ProgressSink::silent())
     }
 
     fn files(&self) -> Vec<String> {
@@ -113,6 +117,56 @@ fn matrices_of_every_block_type_get_their_values_and_nothing_else_changes() {
 }
 
 #[test]
+fn every_type_becomes_32_bit_floats_without_rounding() {
+    let half = |value: f32| f16::from_f32(value).to_le_bytes();
+    let mut writer = tiny("gpt-2")
+        .number("general.file_type", 15)
+        .tensor("halves", &[2, 2], 1, [half(1.5), half(-0.25), half(3.0), half(0.0)].concat())
+        .tensor("bfloats", &[2], 30, vec![0x80, 0x3f, 0, 0xc0])
+        .tensor("whole.numbers", &[2], 26, vec![7; 8]);
+    let mut expected: Vec<(String, Vec<f32>)> =
+        vec![("halves".into(), vec![1.5, -0.25, 3.0, 0.0]), ("bfloats".into(), vec![1.0, -2.0])];
+    for (kind, size, _) in BLOCKS {
+        let (content, _) = blocks(kind, size, 6);
+        let values = content.chunks_exact(size).flat_map(|block| dequantized(kind, block)).collect();
+        expected.push((format!("legacy.{kind}"), values));
+        writer = writer.tensor(&format!("legacy.{kind}"), &[96, 2], kind, content);
+    }
+    for (name, kind) in K_QUANTS {
+        let (block, values) = k_block(name);
+        // More than is unpacked at a time.
+        expected.push((name.into(), values.repeat(600)));
+        writer = writer.tensor(name, &[512, 300], kind, block.repeat(600));
+    }
+    let house = House::new(&writer.finish());
+    let report = house.unpack_into(Floats::F32).unwrap();
+    assert_eq!((report.tensors, report.tensors_unpacked), (15, 12));
+    let unpacked = Gguf::open(&house.out).unwrap();
+    assert_eq!(unpacked.unsigned("general.file_type"), Some(0));
+    let tensor = |name: &str| unpacked.tensors.iter().find(|tensor| tensor.name == name).unwrap();
+    for (name, values) in expected {
+        let (kind, content) = (tensor(&name).kind, unpacked.tensor_data(tensor(&name)).unwrap());
+        let floats: Vec<f32> = content.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        assert!((kind, floats) == (TensorType::F32, values), "{name}");
+    }
+    assert_eq!(unpacked.tensor_data(tensor("whole.numbers")).unwrap(), [7; 8]);
+
+    let block = [&f16::INFINITY.to_le_bytes()[..], &[2; 32]].concat();
+    let house = House::new(&tiny("gpt-2").tensor("x", &[32, 1], 8, block).finish());
+    assert!(matches!(house.unpack_into(Floats::F32), Err(ImportError::Range { .. })));
+}
+
+#[test]
+fn k_quants_become_16_bit_floats_too() {
+    let (block, values) = k_block("Q6_K");
+    let house = House::new(&tiny("gpt-2").tensor("matrix", &[256, 2], 14, block.repeat(2)).finish());
+    house.unpack().unwrap();
+    let unpacked = Gguf::open(&house.out).unwrap();
+    let expected: Vec<f16> = values.repeat(2).into_iter().map(f16::from_f32).collect();
+    assert!(halves(unpacked.tensor_data(&unpacked.tensors[2]).unwrap()) == expected);
+}
+
+#[test]
 fn what_is_known_about_a_model_stays_but_for_its_storage() {
     let (embedding, _) = blocks(3, 20, 10);
     let mut writer = tiny("gpt-2").number("general.file_type", 3).text("tokenizer.chat_template", "{{ messages }}");
@@ -154,13 +208,14 @@ fn what_cannot_be_unpacked_is_refused_by_name() {
     let with = |shape: &[u64], kind: u32, content: Vec<u8>| {
         House::new(&tiny("gpt-2").tensor("blk.0.ffn_up.weight", shape, kind, content).finish()).refusal()
     };
-    let error = with(&[256, 1], 12, vec![0; 144]);
+    let error = with(&[32, 1], 20, vec![0; 18]);
     assert_eq!(
         error.to_string(),
-        "tensor `blk.0.ffn_up.weight` is Q4_K, which cannot be unpacked; these types can: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
+        "tensor `blk.0.ffn_up.weight` is IQ4_NL, which cannot be unpacked; these types can: Q4_0, Q4_1, Q5_0, Q5_1, \
+         Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K"
     );
     assert!(error.hint().is_some());
-    for (kind, bytes) in [(20, 18), (39, 17), (250, 64)] {
+    for (kind, bytes) in [(9, 36), (39, 17), (250, 64)] {
         assert!(matches!(with(&[32, 1], kind, vec![0; bytes]), ImportError::Packed { .. }), "type {kind}");
     }
     // The largest scale there is times 2, and a scale that is no number.
@@ -214,6 +269,6 @@ fn progress_counts_up_to_the_total() {
     let reports = Arc::new(Mutex::new(Vec::new()));
     let seen = reports.clone();
     let sink = ProgressSink::new(move |progress| seen.lock().unwrap().push((progress.done, progress.total)));
-    unpack_gguf(&house.source, &house.out, &sink).unwrap();
+    unpack_gguf(&house.source, &house.out, Floats::F16, &sink).unwrap();
     assert_eq!(*reports.lock().unwrap(), [(0, Some(2)), (1, Some(2)), (2, Some(2))]);
 }
