@@ -72,13 +72,25 @@ impl InferenceBackend for LlamaServer {
     }
 
     async fn load(&self, plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle, LoadError> {
+        let engine = self.load_engine(&plan, progress).await?;
+        Ok(EngineHandle::new(&INFO, plan.offer.device.clone(), Arc::new(engine)))
+    }
+}
+
+impl LlamaServer {
+    /// As [`InferenceBackend::load`], for callers that ask this engine more than every engine is asked.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub async fn load_engine(&self, plan: &LoadPlan, progress: ProgressSink) -> Result<LlamaEngine, LoadError> {
         let settings = Settings::parse(&plan.settings).map_err(settings_error)?;
         let binary = binary(&settings, &progress).await?;
         let profile = &plan.profile;
         let Some(model) = profile.weights.first() else {
             return Err(LoadError::Weights { what: format!("{}: no GGUF file", profile.root.display()) });
         };
-        let context_tokens = context(&plan, &settings)?;
+        let context_tokens = context(plan, &settings)?;
 
         let stage = Stage::Load { what: profile.name.clone() };
         let total = profile.weight_bytes.value;
@@ -97,8 +109,7 @@ impl InferenceBackend for LlamaServer {
         }
         // llama.cpp rounds a context up; what was asked for is what is promised.
         let capabilities = judge::capabilities(context_tokens.min(launched.context_tokens), settings.parallel);
-        let engine = LlamaEngine::new(process, client, capabilities, vocab_size);
-        Ok(EngineHandle::new(&INFO, plan.offer.device.clone(), Arc::new(engine)))
+        Ok(LlamaEngine::new(process, client, capabilities, vocab_size))
     }
 }
 

@@ -15,7 +15,7 @@ use reqwest::{Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::timeout;
 
-use crate::wire::{Completion, ErrorAnswer, Models, Piece, Props, Tokenize, Tokenized};
+use crate::wire::{Ahead, Candidate, Completion, ErrorAnswer, Models, Piece, Props, Steps, Tokenize, Tokenized};
 
 /// Longest wait for a connection to loopback.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
@@ -115,6 +115,17 @@ impl Client {
         let body = Tokenize { content: text, add_special, parse_special: true };
         let work = async { json::<Tokenized>(self.post("/tokenize", &body).await?).await };
         Ok(timeout(ANSWER_MAX, work).await.map_err(|_| ClientError::Silent(ANSWER_MAX))??.tokens)
+    }
+
+    /// The `count` likeliest tokens after `prompt`, best first.
+    pub async fn likeliest(&self, prompt: &[u32], count: u32) -> Result<Vec<Candidate>, ClientError> {
+        let body = Ahead::new(prompt, count);
+        let work = async { json::<Steps>(self.post("/completion", &body).await?).await };
+        let steps = timeout(self.silence_max, work).await.map_err(|_| ClientError::Silent(self.silence_max))??;
+        match steps.completion_probabilities.into_iter().next() {
+            Some(step) if !step.top_logprobs.is_empty() => Ok(step.top_logprobs),
+            _ => Err(ClientError::Malformed("an answer without probabilities".into())),
+        }
     }
 
     /// Starts a generation. Dropping the pieces, or this future, cancels it.

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     child::{Ended, Process},
     client::{Client, ClientError},
-    wire::Completion,
+    wire::{Candidate, Completion},
 };
 
 /// Events that may wait for a slow reader, for each job. A reader slower than that holds back its own job only.
@@ -35,7 +35,7 @@ const REASON_MAX: Duration = Duration::from_secs(2);
 const LINES_QUOTED: usize = 8;
 
 /// A loaded model. Dropping it kills the child.
-pub(crate) struct LlamaEngine {
+pub struct LlamaEngine {
     capabilities: Capabilities,
     /// Entries in the vocabulary, where the child tells.
     vocab_size: Option<u32>,
@@ -54,7 +54,7 @@ pub(crate) struct LlamaEngine {
 
 impl LlamaEngine {
     /// An engine over a child that is ready. Has to be called inside a tokio runtime.
-    pub fn new(process: Process, client: Client, capabilities: Capabilities, vocab_size: Option<u32>) -> Self {
+    pub(crate) fn new(process: Process, client: Client, capabilities: Capabilities, vocab_size: Option<u32>) -> Self {
         let seats = seats(&capabilities) as usize;
         let slots = capabilities.requests_parallel_max as usize;
         let (state, _) = watch::channel(EngineState::Ready);
@@ -84,6 +84,32 @@ impl LlamaEngine {
         engine
     }
 
+    /// The tokens of `text`, as the child sees them.
+    ///
+    /// # Errors
+    ///
+    /// The child is over, or does not answer.
+    pub async fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<u32>, EngineError> {
+        match self.client.tokenize(text, add_special).await {
+            Ok(tokens) => Ok(tokens),
+            Err(error) => Err(reason(&self.state, &error).await),
+        }
+    }
+
+    /// The `count` likeliest tokens after `prompt`, best first, end-of-text tokens among them. Meant for comparisons:
+    /// asked step by step, each time with the tokens so far, only the last of them is computed.
+    ///
+    /// # Errors
+    ///
+    /// The child is over, refuses the prompt, or does not answer.
+    pub async fn likeliest(&self, prompt: &[u32], count: u32) -> Result<Vec<Candidate>, EngineError> {
+        let Ok(_slot) = self.slots.acquire().await else { return Err(EngineError::Stopped) };
+        match self.client.likeliest(prompt, count).await {
+            Ok(candidates) => Ok(candidates),
+            Err(error) => Err(reason(&self.state, &error).await),
+        }
+    }
+
     fn admit(&self) -> Result<OwnedSemaphorePermit, SubmitError> {
         let seat = self.seats.clone().try_acquire_owned();
         // Looked at after the seat was taken: a drain that begins later waits for this seat.
@@ -97,13 +123,12 @@ impl LlamaEngine {
     async fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
         match prompt {
             Prompt::Tokens(tokens) => Ok(tokens.clone()),
-            Prompt::Text { text, add_special } => match self.client.tokenize(text, *add_special).await {
-                Ok(tokens) => Ok(tokens),
-                Err(error) => Err(match reason(&self.state, &error).await {
+            Prompt::Text { text, add_special } => {
+                self.tokenize(text, *add_special).await.map_err(|error| match error {
                     EngineError::Failed { what } => SubmitError::Gone { why: what },
                     EngineError::Stopped => SubmitError::Gone { why: why(&EngineState::Stopped) },
-                }),
-            },
+                })
+            }
         }
     }
 

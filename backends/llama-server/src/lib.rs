@@ -35,8 +35,10 @@ mod unpack;
 mod wire;
 
 pub use backend::{BACKEND, INFO, LlamaServer};
+pub use engine::LlamaEngine;
 pub use find::{Found, Origin};
 pub use install::{InstallError, InstallOptions, Installed, default_install_dir, install};
 pub use settings::Settings;
+pub use wire::Candidate;
 
 mesh_core::register_backend!(&BACKEND);

@@ -9,8 +9,8 @@ use std::{
 
 use futures::StreamExt;
 use mesh_core::{
-    EngineError, EngineHandle, EngineState, Event, FinishReason, Host, InferenceBackend, Job, LoadError, LoadPlan,
-    ModelProfile, ProgressSink, Prompt, Sampling, SubmitError, Usage, Verdict,
+    Engine, EngineError, EngineHandle, EngineState, Event, FinishReason, Host, InferenceBackend, Job, LoadError,
+    LoadPlan, ModelProfile, ProgressSink, Prompt, Sampling, SubmitError, Usage, Verdict,
 };
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -175,6 +175,25 @@ async fn greedy_tokens_equal_the_golden_ones() {
         let (reason, usage, _) = last.unwrap();
         assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 16), "{name}");
     }
+}
+
+#[tokio::test]
+async fn the_likeliest_tokens_step_by_step_are_the_greedy_ones() {
+    let Some((binary, golden_dir)) = ready("the_likeliest_tokens_step_by_step_are_the_greedy_ones") else { return };
+    let dir = golden_dir.join("llama");
+    let (mut tokens, greedy) = golden(&dir);
+    let plan = plan(fixture::profile("golden", dir.join("model.gguf"), "any"), section(&binary), Some(256));
+    let engine = BACKEND.load_engine(&plan, ProgressSink::silent()).await.unwrap();
+    for expected in greedy {
+        let likeliest = engine.likeliest(&tokens, 4).await.unwrap();
+        assert_eq!((likeliest.len(), likeliest[0].id), (4, expected));
+        assert!(likeliest.is_sorted_by(|one, next| one.logprob >= next.logprob && one.logprob <= 0.0));
+        tokens.push(expected);
+    }
+    assert!(matches!(engine.likeliest(&vec![0; 500], 1).await, Err(EngineError::Failed { .. })), "beyond the context");
+    assert!(engine.tokenize("a b", false).await.unwrap().len() > 1);
+    engine.drain(SOON).await;
+    assert!(engine.likeliest(&[1], 1).await.is_err());
 }
 
 #[tokio::test]

@@ -48,6 +48,53 @@ pub(crate) struct Meta {
     pub n_vocab: Option<u32>,
 }
 
+/// Body of `POST /completion` that asks for the likeliest next tokens. Probabilities are those before any sampler.
+#[derive(Debug, Serialize)]
+pub(crate) struct Ahead<'a> {
+    pub prompt: &'a [u32],
+    pub stream: bool,
+    pub cache_prompt: bool,
+    pub n_predict: u32,
+    pub n_probs: u32,
+    pub post_sampling_probs: bool,
+    pub response_fields: [&'static str; 1],
+}
+
+impl<'a> Ahead<'a> {
+    /// For the `count` likeliest tokens after `prompt`.
+    pub fn new(prompt: &'a [u32], count: u32) -> Self {
+        Self {
+            prompt,
+            stream: false,
+            cache_prompt: true,
+            n_predict: 1,
+            n_probs: count,
+            post_sampling_probs: false,
+            response_fields: ["completion_probabilities"],
+        }
+    }
+}
+
+/// Its answer, with one step.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Steps {
+    pub completion_probabilities: Vec<Step>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct Step {
+    pub top_logprobs: Vec<Candidate>,
+}
+
+/// A token that may come next.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+pub struct Candidate {
+    /// Its id.
+    pub id: u32,
+    /// The natural logarithm of its probability.
+    pub logprob: f32,
+}
+
 /// Body of `POST /completion`. Every sampler is set, so that neither the child's defaults nor its arguments matter.
 #[derive(Debug, Serialize)]
 pub(crate) struct Completion {

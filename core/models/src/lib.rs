@@ -23,7 +23,7 @@ pub mod unpack;
 pub use error::{FetchError, ImportError};
 pub use import::{ImportReport, import_gguf};
 pub use probe::probe;
-pub use store::{Artifact, Listed, Origin, Store, StoreOptions, Want};
+pub use store::{Artifact, Exact, Listed, Origin, Store, StoreOptions, Want};
 pub use unpack::{Floats, UnpackReport, unpack_gguf};
 
 /// Catalog name of the model that is served when none is named.

@@ -1,5 +1,7 @@
 //! From a reference to an artifact on disk.
 
+mod exact;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -15,6 +17,8 @@ use crate::{
     reference::{HubRef, Reference},
     unpack::{self, Floats},
 };
+
+pub use exact::Exact;
 
 /// Which weights are wanted, where a model has several kinds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,7 +163,7 @@ impl Store {
             WeightFormat::Gguf => {
                 let unpacked =
                     entry.unpack.map(|floats| self.unpacked_path(entry, floats)).filter(|file| file.is_file());
-                unpacked.or_else(|| self.gguf_on_disk(entry)).map(|file| gguf_artifact(entry, file))
+                unpacked.or_else(|| self.gguf_on_disk(entry)).map(|file| gguf_artifact(&entry.name, file))
             }
             WeightFormat::Safetensors => self
                 .hub
@@ -190,7 +194,7 @@ impl Store {
                 Some(floats) => self.unpacked(entry, floats, progress).await?,
                 None => self.gguf(entry, progress).await?,
             };
-            return Ok(gguf_artifact(entry, file));
+            return Ok(gguf_artifact(&entry.name, file));
         }
         if !entry.import {
             let (has, wanted) = (Some(entry.format), Some(WeightFormat::Safetensors));
@@ -205,7 +209,7 @@ impl Store {
         if !root.is_dir() {
             let gguf = self.gguf(entry, progress).await?;
             let (out, progress) = (root.clone(), progress.clone());
-            make(entry, move || import::import_gguf(&gguf, &out, &progress)).await?;
+            make(&entry.name, move || import::import_gguf(&gguf, &out, &progress)).await?;
         }
         let artifact = local::locate(&root, &entry.name, Want::Safetensors)?;
         Ok(Artifact { name: entry.name.clone(), ..artifact })
@@ -217,7 +221,7 @@ impl Store {
         if !file.is_file() {
             let gguf = self.gguf(entry, progress).await?;
             let (out, progress) = (file.clone(), progress.clone());
-            make(entry, move || unpack::unpack_gguf(&gguf, &out, floats, &progress)).await?;
+            make(&entry.name, move || unpack::unpack_gguf(&gguf, &out, floats, &progress)).await?;
         }
         Ok(file)
     }
@@ -229,8 +233,12 @@ impl Store {
 
     /// The directory for something made of an entry's GGUF; another file, or another way of making it, has another.
     fn made(&self, entry: &Entry, way: &str) -> PathBuf {
-        let hash: String = entry.sha256.as_deref().unwrap_or_default().chars().take(12).collect();
-        self.cache.join(IMPORTS).join(format!("{}-{hash}-{way}", catalog::keeper(entry)))
+        self.made_of(&kept_as(entry), way)
+    }
+
+    /// The same for any file.
+    fn made_of(&self, (name, stamp): &(String, String), way: &str) -> PathBuf {
+        self.cache.join(IMPORTS).join(format!("{name}-{stamp}-{way}"))
     }
 
     /// The entry's GGUF: on disk, from the hub, or from its mirror.
@@ -297,16 +305,22 @@ const MODELS: &str = "models";
 /// Where imported and unpacked models are kept, in the cache.
 const IMPORTS: &str = "imports";
 
-/// Makes something of an entry's GGUF, away from the threads that must not block.
+/// The name that what is made of an entry's GGUF is kept under, and what tells that file from others: its hash.
+fn kept_as(entry: &Entry) -> (String, String) {
+    let hash = entry.sha256.as_deref().unwrap_or_default().chars().take(12).collect();
+    (catalog::keeper(entry).to_owned(), hash)
+}
+
+/// Makes something of the GGUF of a model called `name`, away from the threads that must not block.
 async fn make<T: Send + 'static>(
-    entry: &Entry,
+    name: &str,
     work: impl FnOnce() -> Result<T, ImportError> + Send + 'static,
 ) -> Result<(), FetchError> {
     match tokio::task::spawn_blocking(work).await {
         // Another process was faster: what is made appears whole.
         Ok(Ok(_) | Err(ImportError::Exists { .. })) => Ok(()),
         Ok(Err(error)) => Err(error.into()),
-        Err(error) => Err(FetchError::Download { what: entry.name.clone(), why: error.to_string() }),
+        Err(error) => Err(FetchError::Download { what: name.to_owned(), why: error.to_string() }),
     }
 }
 
@@ -314,9 +328,9 @@ fn hub_ref(entry: &Entry) -> HubRef {
     HubRef { repo: entry.repo.clone(), file: entry.file.clone(), revision: None, quant: None }
 }
 
-fn gguf_artifact(entry: &Entry, file: PathBuf) -> Artifact {
+fn gguf_artifact(name: &str, file: PathBuf) -> Artifact {
     let root = file.parent().unwrap_or(Path::new(".")).to_owned();
-    Artifact { name: entry.name.clone(), root, weights: vec![file], format: WeightFormat::Gguf }
+    Artifact { name: name.to_owned(), root, weights: vec![file], format: WeightFormat::Gguf }
 }
 
 /// The name of what a pointer of the hub's cache points to: the SHA-256 of a large file.

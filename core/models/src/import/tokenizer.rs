@@ -138,7 +138,7 @@ fn post_processor(bos: Option<(u64, &str)>, eos: Option<(u64, &str)>) -> Value {
     let around = |texts: &[Value]| token(bos).into_iter().chain(texts.iter().cloned()).chain(token(eos)).collect();
     let (one, other) =
         (json!({ "Sequence": { "id": "A", "type_id": 0 } }), json!({ "Sequence": { "id": "B", "type_id": 1 } }));
-    let (single, pair): (Vec<_>, Vec<_>) = (around(&[one.clone()]), around(&[one, other]));
+    let (single, pair): (Vec<_>, Vec<_>) = (around(std::slice::from_ref(&one)), around(&[one, other]));
     let special = [bos, eos].into_iter().flatten();
     let special = special.map(|(id, text)| (text.to_owned(), json!({ "id": text, "ids": [id], "tokens": [text] })));
     json!({

@@ -13,14 +13,14 @@ use crate::{
     testing::tiny_llama,
 };
 
-struct House {
-    root: tempfile::TempDir,
+pub(super) struct House {
+    pub root: tempfile::TempDir,
     _server: Server,
-    store: Store,
+    pub store: Store,
 }
 
 /// A store with a cache and a hub of its own.
-fn house(files: &[(&str, &[u8])], offline: bool) -> House {
+pub(super) fn house(files: &[(&str, &[u8])], offline: bool) -> House {
     let (root, server) = (tempfile::tempdir().unwrap(), serve(files));
     let hub = Hub::at(&server.endpoint, &root.path().join("hub")).unwrap();
     let store = Store { cache: root.path().join("cache"), offline, hub };
