@@ -44,7 +44,7 @@ pub enum Command {
     Backends(BackendsArgs),
     /// List known models, or download one
     Models(ModelsArgs),
-    /// Compare a model directory's logits with its own reference.safetensors
+    /// Check that a model is computed as it should be
     Verify(VerifyArgs),
     /// Measure how fast a model, or random weights of a model's shape, reads and writes
     Bench(BenchArgs),
@@ -246,10 +246,12 @@ pub enum ModelsCommand {
 /// `mesh-llm verify`.
 #[derive(Clone, Debug, Args)]
 pub struct VerifyArgs {
-    /// The model directory
-    #[arg(value_name = "DIR")]
-    pub dir: PathBuf,
-    /// Largest absolute difference of logits allowed; the directory's own `tolerance`, or 2e-4, if absent
+    /// A directory, whose logits are compared with its own reference.safetensors; or a GGUF file, or a catalog name or
+    /// repository of one, whose tokens on the mlx backend are compared with llama-server's
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// For a directory the largest absolute difference of logits allowed; its own `tolerance`, or 2e-4, if absent. For a
+    /// GGUF the largest difference of log-probabilities between two choices that may fall either way; 0.05 if absent
     #[arg(long, value_name = "NUMBER", value_parser = positive)]
     pub tolerance: Option<f32>,
     /// Where to compute. On an NVIDIA GPU, MLX multiplies f32 coarsely (TF32) unless MLX_ENABLE_TF32=0 is set
@@ -264,6 +266,8 @@ pub struct VerifyArgs {
     /// Answer in JSON
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub environment: EnvironmentArgs,
 }
 
 fn positive(text: &str) -> Result<f32, String> {

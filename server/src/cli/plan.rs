@@ -24,7 +24,7 @@ use super::{
 /// The port to listen on if none is named.
 pub const PORT: u16 = 9337;
 /// The backend that `--mlx` names.
-const MLX: &str = "mlx";
+pub const MLX: &str = "mlx";
 /// The backend that `--llama-server` and `--no-install` are about.
 pub const LLAMA_SERVER: &str = "llama-server";
 /// The word that stands for "the best one, experimental ones included".

@@ -16,7 +16,9 @@ fn help(path: &[&str]) -> String {
 
 #[test]
 fn help_of_every_command() {
-    for path in [&[][..], &["serve"], &["chat"], &["explain"], &["backends"], &["models"], &["models", "download"]] {
+    for path in
+        [&[][..], &["serve"], &["chat"], &["explain"], &["backends"], &["models"], &["models", "download"], &["verify"]]
+    {
         let name = if path.is_empty() { "mesh-llm".to_owned() } else { path.join("-") };
         insta::assert_snapshot!(format!("help-{name}"), help(path));
     }

@@ -1,4 +1,4 @@
-//! `mesh-llm verify`: a model directory against its own reference.
+//! A model directory against its own reference.
 
 use std::{fs, path::Path};
 
@@ -22,11 +22,10 @@ const TOLERANCE: f32 = 2e-4;
 pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
     let tolerance = match args.tolerance {
         Some(tolerance) => tolerance,
-        None => own_tolerance(&args.dir).unwrap_or(TOLERANCE),
+        None => own_tolerance(Path::new(&args.model)).unwrap_or(TOLERANCE),
     };
     let store = Store::new(StoreOptions { cache: None, offline: true })?;
-    let artifact: Artifact =
-        store.locate(&args.dir.display().to_string(), Want::Safetensors, &output.progress()).await?;
+    let artifact: Artifact = store.locate(&args.model, Want::Safetensors, &output.progress()).await?;
     debug_assert_eq!(artifact.format, WeightFormat::Safetensors);
     let profile = probe(&artifact).map_err(|error| Failure::new(Exit::Model, error))?;
     let family = registry::family_of(registry::families()?, &profile);
