@@ -1,67 +1,273 @@
-//! A decoder-only transformer with pre-norms: the skeleton that most families fill in.
+//! A decoder-only transformer: the skeleton that most families fill in.
 
-use mlx_rs::{Array, error::Exception};
+use mlx_rs::{Array, Dtype, error::Exception, ops};
 
 use crate::{
-    attention::{Attention, AttentionSpec},
-    cache::LayerCache,
+    attention::{Attention, AttentionSpec, QkNorm, Values},
+    cache::{Cache, CacheKind, LayerCache},
     config::DecoderConfig,
+    delta_net::GatedDeltaNet,
+    elementwise::{scalar, scale, softcap},
     ffi,
     kernels::layer::{FusedHead, FusedLayer},
     linear::{Bias, Embedding, Linear},
-    mlp::SwiGlu,
+    mla::LatentAttention,
+    mlp::Mlp,
     model::{CausalModel, GraphError, Rows},
-    norm::RmsNorm,
+    moe::Moe,
+    norm::{NormWeight, RmsNorm},
+    pass::Pass,
     weights::Weights,
 };
 
-/// One pre-norm layer.
+/// What mixes positions in a layer.
+pub trait Mixer: std::fmt::Debug {
+    /// `[batch, time, hidden]` to the same, continuing what `cache` holds.
+    fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception>;
+
+    /// What it keeps.
+    fn keeps(&self) -> CacheKind;
+
+    /// See [`CausalModel::length_limit`].
+    fn length_limit(&self) -> Option<i32> {
+        None
+    }
+
+    /// The plain attention that kernels of our own may compute.
+    fn as_attention(&self) -> Option<&Attention> {
+        None
+    }
+}
+
+impl Mixer for Attention {
+    fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
+        Self::forward(self, x, cache, pass)
+    }
+
+    fn keeps(&self) -> CacheKind {
+        match self.spec() {
+            AttentionSpec { shared: true, .. } => CacheKind::Shared,
+            AttentionSpec { window: Some(window), .. } => CacheKind::Window(*window),
+            _ => CacheKind::Full,
+        }
+    }
+
+    fn length_limit(&self) -> Option<i32> {
+        self.rope().and_then(|rope| rope.length_limit())
+    }
+
+    fn as_attention(&self) -> Option<&Attention> {
+        Some(self)
+    }
+}
+
+impl Mixer for LatentAttention {
+    fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
+        Self::forward(self, x, cache, pass)
+    }
+
+    fn keeps(&self) -> CacheKind {
+        CacheKind::Full
+    }
+}
+
+impl Mixer for GatedDeltaNet {
+    fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
+        Self::forward(self, x, cache, pass)
+    }
+
+    fn keeps(&self) -> CacheKind {
+        CacheKind::State
+    }
+}
+
+/// What each position goes through by itself.
+#[derive(Debug)]
+pub enum FeedForward {
+    /// One MLP.
+    Mlp(Mlp),
+    /// Several, of which a router chooses.
+    Moe(Box<Moe>),
+}
+
+impl FeedForward {
+    /// `[batch, time, hidden]` to the same.
+    pub fn forward(&self, x: &Array) -> Result<Array, Exception> {
+        match self {
+            Self::Mlp(mlp) => mlp.forward(x),
+            Self::Moe(moe) => moe.forward(x),
+        }
+    }
+}
+
+impl From<Mlp> for FeedForward {
+    fn from(mlp: Mlp) -> Self {
+        Self::Mlp(mlp)
+    }
+}
+
+impl From<Moe> for FeedForward {
+    fn from(moe: Moe) -> Self {
+        Self::Moe(Box::new(moe))
+    }
+}
+
+/// Names of a layer's norms; those that are absent are not computed.
+#[derive(Clone, Copy, Debug)]
+pub struct NormNames {
+    /// Before the mixer.
+    pub before_mixer: Option<&'static str>,
+    /// On what the mixer gives.
+    pub after_mixer: Option<&'static str>,
+    /// Before the MLP.
+    pub before_mlp: Option<&'static str>,
+    /// On what the MLP gives.
+    pub after_mlp: Option<&'static str>,
+    /// What the checkpoint stores.
+    pub stored: NormWeight,
+}
+
+impl NormNames {
+    /// Before the mixer and before the MLP.
+    pub const PRE: Self = Self {
+        before_mixer: Some("input_layernorm"),
+        after_mixer: None,
+        before_mlp: Some("post_attention_layernorm"),
+        after_mlp: None,
+        stored: NormWeight::Whole,
+    };
+
+    /// Before and after both, stored less one.
+    pub const GEMMA: Self = Self {
+        before_mixer: Some("input_layernorm"),
+        after_mixer: Some("post_attention_layernorm"),
+        before_mlp: Some("pre_feedforward_layernorm"),
+        after_mlp: Some("post_feedforward_layernorm"),
+        stored: NormWeight::LessOne,
+    };
+}
+
+/// One layer: a mixer and an MLP, each added to the stream.
 #[derive(Debug)]
 pub struct Layer {
-    input_layernorm: RmsNorm,
-    self_attn: Attention,
-    post_attention_layernorm: RmsNorm,
-    mlp: SwiGlu,
+    before_mixer: Option<RmsNorm>,
+    mixer: Box<dyn Mixer>,
+    after_mixer: Option<RmsNorm>,
+    before_mlp: Option<RmsNorm>,
+    mlp: FeedForward,
+    after_mlp: Option<RmsNorm>,
+    residual_multiplier: f32,
     /// For one token on CUDA, where the kernels support the layer.
     fused: Option<FusedLayer>,
 }
 
 impl Layer {
-    /// Takes the tensors under `{name}.`.
+    /// Takes the norms under `{name}.`.
     pub fn new(
+        weights: &mut Weights,
+        name: &str,
+        config: &DecoderConfig,
+        norms: NormNames,
+        mixer: impl Mixer + 'static,
+        mlp: impl Into<FeedForward>,
+    ) -> Result<Self, GraphError> {
+        let mlp = mlp.into();
+        let mut norm = |part: Option<&str>| {
+            let stored = |part| {
+                let (size, eps) = (config.hidden_size, config.rms_norm_eps);
+                RmsNorm::stored(weights, &format!("{name}.{part}"), size, eps, norms.stored)
+            };
+            part.map(stored).transpose()
+        };
+        let [before_mixer, after_mixer] = [norm(norms.before_mixer)?, norm(norms.after_mixer)?];
+        let [before_mlp, after_mlp] = [norm(norms.before_mlp)?, norm(norms.after_mlp)?];
+        let fused = match (&before_mixer, &after_mixer, mixer.as_attention(), &before_mlp, &mlp, &after_mlp) {
+            (Some(first), None, Some(attention), Some(second), FeedForward::Mlp(mlp), None)
+                if weights.placement().fused() =>
+            {
+                FusedLayer::new(first, attention, second, mlp)?
+            }
+            _ => None,
+        };
+        let mixer = Box::new(mixer);
+        Ok(Self { before_mixer, mixer, after_mixer, before_mlp, mlp, after_mlp, residual_multiplier: 1.0, fused })
+    }
+
+    /// A layer with norms before its parts, attention and one MLP, as config.json describes them.
+    pub fn plain(
         weights: &mut Weights,
         name: &str,
         config: &DecoderConfig,
         attention: AttentionSpec,
     ) -> Result<Self, GraphError> {
-        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
-        let input_layernorm = RmsNorm::new(weights, &format!("{name}.input_layernorm"), hidden, eps)?;
-        let self_attn = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
-        let post_attention_layernorm = RmsNorm::new(weights, &format!("{name}.post_attention_layernorm"), hidden, eps)?;
-        let (inner, bias) = (config.intermediate_size, config.mlp_bias.into());
-        let mlp = SwiGlu::new(weights, &format!("{name}.mlp"), hidden, inner, bias)?;
-        let fused = match weights.placement().fused() {
-            true => FusedLayer::new(&input_layernorm, &self_attn, &post_attention_layernorm, &mlp)?,
-            false => None,
-        };
-        Ok(Self { input_layernorm, self_attn, post_attention_layernorm, mlp, fused })
+        let attention = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
+        let mlp = Mlp::new(weights, &format!("{name}.mlp"), config)?;
+        Self::new(weights, name, config, NormNames::PRE, attention, mlp)
     }
 
-    /// `offset` is the cache's length as an array, given for single tokens.
-    fn forward(&self, x: &Array, cache: &mut LayerCache, offset: Option<&Array>) -> Result<Array, Exception> {
-        if let (Some(fused), Some(offset)) = (&self.fused, offset) {
-            return fused.forward(x, &self.self_attn, cache, offset);
+    /// The same, with what each part adds multiplied.
+    pub fn with_residual_multiplier(self, residual_multiplier: f32) -> Self {
+        Self { residual_multiplier, fused: self.fused.filter(|_| residual_multiplier == 1.0), ..self }
+    }
+
+    fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
+        if let (Some(fused), Some(attention), true) = (&self.fused, self.mixer.as_attention(), pass.is_single()) {
+            return fused.forward(x, attention, cache, pass);
         }
-        let x = x.add(self.self_attn.forward(&self.input_layernorm.forward(x)?, cache)?)?;
-        x.add(self.mlp.forward(&self.post_attention_layernorm.forward(&x)?)?)
+        let mixed = self.mixer.forward(&normed(&self.before_mixer, x)?, cache, pass)?;
+        let x = add(x, &scale(&normed(&self.after_mixer, &mixed)?, self.residual_multiplier)?)?;
+        let fed = self.mlp.forward(&normed(&self.before_mlp, &x)?)?;
+        add(&x, &scale(&normed(&self.after_mlp, &fed)?, self.residual_multiplier)?)
     }
 }
 
-/// Embedding, layers, final norm and head.
+fn normed(norm: &Option<RmsNorm>, x: &Array) -> Result<Array, Exception> {
+    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
+}
+
+/// `x + y`. In f16 the stream of models trained in bf16 may leave its range: it is held at its end rather than becoming
+/// infinite.
+pub fn add(x: &Array, y: &Array) -> Result<Array, Exception> {
+    if x.dtype() != Dtype::Float16 {
+        return x.add(y);
+    }
+    const END: f32 = 65504.0;
+    let sum = x.as_dtype(Dtype::Float32)?.add(y.as_dtype(Dtype::Float32)?)?;
+    ops::maximum(ops::minimum(sum, Array::from_f32(END))?, Array::from_f32(-END))?.as_dtype(Dtype::Float16)
+}
+
+/// What stands around the layers.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// Multiplies embeddings.
+    pub embedding_multiplier: f32,
+    /// Name of the last norm.
+    pub norm: &'static str,
+    /// What the checkpoint stores for it.
+    pub stored: NormWeight,
+    /// Divides logits.
+    pub logits_scaling: f32,
+    /// `cap · tanh(logit / cap)`, where capped.
+    pub final_logit_softcapping: Option<f32>,
+}
+
+impl Default for Frame {
+    fn default() -> Self {
+        Self {
+            embedding_multiplier: 1.0,
+            norm: "model.norm",
+            stored: NormWeight::Whole,
+            logits_scaling: 1.0,
+            final_logit_softcapping: None,
+        }
+    }
+}
+
+/// Embedding, last norm and head.
 #[derive(Debug)]
-pub struct Decoder {
+pub struct Ends {
+    frame: Frame,
     embed_tokens: Embedding,
-    layers: Vec<Layer>,
     norm: RmsNorm,
     /// Absent where the embedding is the head.
     lm_head: Option<Linear>,
@@ -70,22 +276,12 @@ pub struct Decoder {
     vocab_size: i32,
 }
 
-impl Decoder {
-    /// Takes the tensors under `model.` and the head; `attention` gives the spec of each layer.
-    pub fn new(
-        weights: &mut Weights,
-        config: &DecoderConfig,
-        attention: impl Fn(usize) -> AttentionSpec,
-    ) -> Result<Self, GraphError> {
-        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let embed_tokens = Embedding::new(weights, "model.embed_tokens", vocab, hidden)?;
-        let layers = (0..config.num_hidden_layers)
-            .map(|index| Layer::new(weights, &format!("model.layers.{index}"), config, attention(index)))
-            .collect::<Result<_, _>>()?;
-        for index in 0..config.num_hidden_layers {
-            weights.drop_tensor(&format!("model.layers.{index}.self_attn.rotary_emb.inv_freq"));
-        }
-        let norm = RmsNorm::new(weights, "model.norm", hidden, config.rms_norm_eps)?;
+impl Ends {
+    /// Takes `model.embed_tokens`, the last norm and, where embeddings are not tied, `lm_head`.
+    pub fn new(weights: &mut Weights, config: &DecoderConfig, frame: Frame) -> Result<Self, GraphError> {
+        let (hidden, vocab_size) = (config.hidden_size, config.vocab_size);
+        let embed_tokens = Embedding::new(weights, "model.embed_tokens", vocab_size, hidden)?;
+        let norm = RmsNorm::stored(weights, frame.norm, hidden, config.rms_norm_eps, frame.stored)?;
         let lm_head = if config.tie_word_embeddings {
             // Some tied checkpoints carry the head all the same.
             for part in ["weight", "scales", "biases"] {
@@ -93,18 +289,75 @@ impl Decoder {
             }
             None
         } else {
-            Some(Linear::new(weights, "lm_head", vocab, hidden, Bias::No)?)
+            Some(Linear::new(weights, "lm_head", vocab_size, hidden, Bias::No)?)
         };
-        let fused_head = match weights.placement().fused() {
+        // Rotations are computed.
+        weights.leave_out_endings(&[".rotary_emb.inv_freq"]);
+        let plain = frame.logits_scaling == 1.0 && frame.final_logit_softcapping.is_none();
+        let fused_head = match weights.placement().fused() && plain {
             true => FusedHead::new(&norm, lm_head.as_ref(), &embed_tokens)?,
             false => None,
         };
-        Ok(Self { embed_tokens, layers, norm, lm_head, fused_head, vocab_size: vocab })
+        Ok(Self { frame, embed_tokens, norm, lm_head, fused_head, vocab_size })
+    }
+
+    /// `[batch, time]` to `[batch, time, hidden]`.
+    pub fn embed(&self, tokens: &Array) -> Result<Array, Exception> {
+        scale(&self.embed_tokens.forward(tokens)?, self.frame.embedding_multiplier)
+    }
+
+    /// `[batch, time, hidden]` to logits.
+    pub fn logits(&self, x: Array, rows: Rows, pass: &Pass) -> Result<Array, Exception> {
+        if let (Some(head), true) = (&self.fused_head, pass.is_single()) {
+            return head.forward(&x);
+        }
+        let x = match rows {
+            Rows::Last if x.dim(1) > 1 => ffi::slice(&x, [0, x.dim(1) - 1, 0], [x.dim(0), x.dim(1), x.dim(2)])?,
+            _ => x,
+        };
+        let x = self.norm.forward(&x)?;
+        let logits = match &self.lm_head {
+            Some(head) => head.forward(&x)?,
+            None => self.embed_tokens.as_head(&x)?,
+        };
+        let logits = match self.frame.logits_scaling {
+            1.0 => logits,
+            divisor => logits.divide(scalar(divisor, logits.dtype())?)?,
+        };
+        self.frame.final_logit_softcapping.map_or(Ok(logits.clone()), |cap| softcap(&logits, cap))
+    }
+
+    /// Entries in the vocabulary.
+    pub fn vocab_size(&self) -> u32 {
+        self.vocab_size as u32
+    }
+}
+
+/// Embedding, layers, last norm and head.
+#[derive(Debug)]
+pub struct Decoder {
+    ends: Ends,
+    layers: Vec<Layer>,
+}
+
+impl Decoder {
+    /// Takes what stands around the layers, and from `layer` each one, given its name and index.
+    pub fn new(
+        weights: &mut Weights,
+        config: &DecoderConfig,
+        frame: Frame,
+        mut layer: impl FnMut(&mut Weights, &str, usize) -> Result<Layer, GraphError>,
+    ) -> Result<Self, GraphError> {
+        let ends = Ends::new(weights, config, frame)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| layer(weights, &format!("model.layers.{index}"), index))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { ends, layers })
     }
 }
 
 impl DecoderConfig {
-    /// Attention as config.json describes it, with no norm on q and k, and bias where `attention_bias` says.
+    /// Attention as config.json describes it: no norm on q and k, and bias where `attention_bias` says.
     pub fn attention(&self) -> AttentionSpec {
         AttentionSpec {
             hidden: self.hidden_size,
@@ -113,44 +366,40 @@ impl DecoderConfig {
             head_dim: self.head_dim(),
             qkv_bias: self.attention_bias.into(),
             o_bias: self.attention_bias.into(),
-            qk_norm_eps: None,
-            rope: self.rope.clone(),
+            qk_norm: QkNorm::None,
+            values: Values::Projected,
+            rope: Some(self.rope.clone()),
             window: None,
+            scale: 1.0 / (self.head_dim() as f32).sqrt(),
+            softcap: None,
+            sinks: false,
+            output_gate: false,
+            query_growth: None,
+            shared: false,
         }
     }
 }
 
 impl CausalModel for Decoder {
-    fn forward(&self, tokens: &Array, cache: &mut [LayerCache], rows: Rows) -> Result<Array, Exception> {
-        let mut x = self.embed_tokens.forward(tokens)?;
-        let single = x.dim(0) * x.dim(1) == 1;
-        let offset = match cache.first() {
-            Some(first) if single && self.layers.iter().any(|layer| layer.fused.is_some()) => {
-                Some(Array::from_slice(&[first.len()], &[1]))
-            }
-            _ => None,
-        };
-        for (layer, cache) in self.layers.iter().zip(cache) {
-            x = layer.forward(&x, cache, offset.as_ref())?;
+    fn forward(&self, tokens: &Array, cache: &mut Cache, rows: Rows) -> Result<Array, Exception> {
+        let pass = cache.begin(tokens);
+        let mut x = self.ends.embed(tokens)?;
+        for (layer, cache) in self.layers.iter().zip(cache.layers()) {
+            x = layer.forward(&x, cache, &pass)?;
         }
-        if let (Some(head), true) = (&self.fused_head, single) {
-            return head.forward(&x);
-        }
-        if rows == Rows::Last && x.dim(1) > 1 {
-            x = ffi::slice(&x, [0, x.dim(1) - 1, 0], [x.dim(0), x.dim(1), x.dim(2)])?;
-        }
-        let x = self.norm.forward(&x)?;
-        match &self.lm_head {
-            Some(head) => head.forward(&x),
-            None => self.embed_tokens.as_head(&x),
-        }
+        cache.advance(&pass);
+        self.ends.logits(x, rows, &pass)
     }
 
-    fn new_cache(&self) -> Vec<LayerCache> {
-        self.layers.iter().map(|_| LayerCache::default()).collect()
+    fn layout(&self) -> Vec<CacheKind> {
+        self.layers.iter().map(|layer| layer.mixer.keeps()).collect()
     }
 
     fn vocab_size(&self) -> u32 {
-        self.vocab_size as u32
+        self.ends.vocab_size()
+    }
+
+    fn length_limit(&self) -> Option<u32> {
+        self.layers.iter().filter_map(|layer| layer.mixer.length_limit()).min().map(|limit| limit.max(0) as u32)
     }
 }

@@ -7,7 +7,7 @@ use std::{
     sync::Once,
 };
 
-use mlx_rs::{Array, Device, Stream, error::Exception};
+use mlx_rs::{Array, Device, Dtype, Stream, error::Exception};
 use mlx_sys::mlx_array;
 
 /// What a quantized code means.
@@ -74,7 +74,7 @@ pub fn quantized_matmul(x: &Array, w: &Packed) -> Result<Array, Exception> {
     let one_group = w.scales.dim(-1) == 1 && w.mode == Mode::Affine;
     if one_group && x.size() as i64 > i64::from(x.dim(-1)) {
         let plain = dequantize(w)?.as_dtype(x.dtype())?;
-        return mlx_rs::ops::matmul(x, plain.t());
+        return mlx_rs::ops::matmul(x, plain.swap_axes(-1, -2)?);
     }
     op("quantized_matmul", |out, stream| unsafe {
         mlx_sys::mlx_quantized_matmul(
@@ -90,6 +90,51 @@ pub fn quantized_matmul(x: &Array, w: &Packed) -> Result<Array, Exception> {
             stream,
         )
     })
+}
+
+/// `x · W` for a packed stack of matrices `[n, out, in]` that `x`, `[…, n, time, out]`, is multiplied with one by one.
+pub fn quantized_matmul_untransposed(x: &Array, w: &Packed) -> Result<Array, Exception> {
+    op("quantized_matmul", |out, stream| unsafe {
+        mlx_sys::mlx_quantized_matmul(
+            out,
+            x.as_ptr(),
+            w.weight.as_ptr(),
+            w.scales.as_ptr(),
+            pointer(w.biases.as_ref()),
+            false,
+            int(w.group_size),
+            int(w.bits),
+            w.mode.name().as_ptr(),
+            stream,
+        )
+    })
+}
+
+/// `x · Wᵀ` for those of the stacked matrices `W`, `[n, out, in]`, that `indices` pick; `x` is `[…, time, in]`, and its
+/// axes before the last two meet those of `indices`.
+pub fn gather_quantized_matmul(x: &Array, w: &Packed, indices: &Array, sorted: bool) -> Result<Array, Exception> {
+    op("gather_qmm", |out, stream| unsafe {
+        mlx_sys::mlx_gather_qmm(
+            out,
+            x.as_ptr(),
+            w.weight.as_ptr(),
+            w.scales.as_ptr(),
+            pointer(w.biases.as_ref()),
+            pointer(None),
+            indices.as_ptr(),
+            true,
+            int(w.group_size),
+            int(w.bits),
+            w.mode.name().as_ptr(),
+            sorted,
+            stream,
+        )
+    })
+}
+
+/// The values of 8-bit floats (E4M3), held in `u8`.
+pub fn from_fp8(x: &Array, dtype: Dtype) -> Result<Array, Exception> {
+    op("from_fp8", |out, stream| unsafe { mlx_sys::mlx_from_fp8(out, x.as_ptr(), dtype.into(), stream) })
 }
 
 /// The plain values of a packed matrix, in the type of its scales (bf16 where those are not floats).

@@ -2,7 +2,7 @@
 
 use mlx_rs::{Array, error::Exception};
 
-use crate::cache::LayerCache;
+use crate::cache::{Cache, CacheKind};
 
 /// Which positions the logits are wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,13 +18,24 @@ pub trait CausalModel {
     /// Logits for `tokens` (`[batch, time]`, integers), which continue what `cache` holds; `cache` then holds them too.
     ///
     /// Lazy: nothing is computed before the result, or the cache, is evaluated.
-    fn forward(&self, tokens: &Array, cache: &mut [LayerCache], rows: Rows) -> Result<Array, Exception>;
+    fn forward(&self, tokens: &Array, cache: &mut Cache, rows: Rows) -> Result<Array, Exception>;
 
-    /// Empty caches, one a layer.
-    fn new_cache(&self) -> Vec<LayerCache>;
+    /// What each layer keeps.
+    fn layout(&self) -> Vec<CacheKind>;
 
     /// Entries in the vocabulary.
     fn vocab_size(&self) -> u32;
+
+    /// The length in tokens beyond which a sequence is computed differently from its first token on, where there is one.
+    /// A cache that was not told ([`Cache::expect`]) that its sequence would become longer holds nothing of use then.
+    fn length_limit(&self) -> Option<u32> {
+        None
+    }
+
+    /// An empty cache for one sequence.
+    fn new_cache(&self) -> Cache {
+        Cache::new(&self.layout())
+    }
 }
 
 /// A graph that could not be built or run.

@@ -2,7 +2,17 @@
 
 use mlx_rs::{Array, error::Exception, fast};
 
-use crate::{model::GraphError, weights::Weights};
+use crate::{elementwise::scalar, model::GraphError, weights::Weights};
+
+/// What a checkpoint stores as a norm's weight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NormWeight {
+    /// The weight.
+    #[default]
+    Whole,
+    /// The weight less one, as Gemma does.
+    LessOne,
+}
 
 /// `x / rms(x) · weight` over the last axis, in the fused kernel.
 #[derive(Debug)]
@@ -14,7 +24,23 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// Takes `{name}.weight`, of shape `[size]`.
     pub fn new(weights: &mut Weights, name: &str, size: i32, eps: f32) -> Result<Self, GraphError> {
-        Ok(Self { weight: weights.take(&format!("{name}.weight"), &[size])?, eps })
+        Self::stored(weights, name, size, eps, NormWeight::Whole)
+    }
+
+    /// The same, where the checkpoint may store something else than the weight.
+    pub fn stored(
+        weights: &mut Weights,
+        name: &str,
+        size: i32,
+        eps: f32,
+        stored: NormWeight,
+    ) -> Result<Self, GraphError> {
+        let weight = weights.take(&format!("{name}.weight"), &[size])?;
+        let weight = match stored {
+            NormWeight::Whole => weight,
+            NormWeight::LessOne => weight.add(scalar(1.0, weight.dtype())?)?,
+        };
+        Ok(Self { weight, eps })
     }
 
     /// Normalizes the last axis of `x`.

@@ -22,6 +22,8 @@ pub struct Scheme {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct QuantizationTable {
     default: Option<Scheme>,
+    /// Rows and columns that share a scale, of matrices in 8-bit floats.
+    fp8_block: Option<[i32; 2]>,
     tensors: HashMap<String, Option<Scheme>>,
 }
 
@@ -29,10 +31,17 @@ impl QuantizationTable {
     /// Reads `quantization`, or failing that `quantization_config`. A method or mode that is not computed here is an
     /// error that names it.
     pub fn read(config: &Value) -> Result<Self, GraphError> {
-        let section = ["quantization", "quantization_config"].iter().find_map(|key| config.get(key));
+        let keys = ["quantization", "quantization_config"];
+        let inner = crate::config::text_config(config);
+        let section =
+            keys.iter().find_map(|key| config.get(key)).or_else(|| keys.iter().find_map(|key| inner.get(key)));
         let Some(section) = section.and_then(Value::as_object) else { return Ok(Self::default()) };
-        if let Some(method) = section.get("quant_method").and_then(Value::as_str) {
-            return Err(GraphError::Config(format!("`quant_method` `{method}` is not supported")));
+        match section.get("quant_method").and_then(Value::as_str) {
+            None => {}
+            Some("fp8") => return Ok(Self { fp8_block: Some(fp8_block(section)?), ..Self::default() }),
+            // What is packed, and how, shows in the tensors.
+            Some("mxfp4") => return Ok(Self::default()),
+            Some(method) => return Err(GraphError::Config(format!("`quant_method` `{method}` is not supported"))),
         }
         let default = scheme(section.get("group_size"), section.get("bits"), section.get("mode"), None)?;
         let mut tensors = HashMap::new();
@@ -48,18 +57,40 @@ impl QuantizationTable {
                 _ => {}
             }
         }
-        Ok(Self { default, tensors })
+        Ok(Self { default, tensors, fp8_block: None })
     }
 
     /// A table that quantizes everything alike.
     pub fn uniform(scheme: Scheme) -> Self {
-        Self { default: Some(scheme), tensors: HashMap::new() }
+        Self { default: Some(scheme), ..Self::default() }
+    }
+
+    /// Sets what holds for tensors that have no entry of their own.
+    pub(crate) fn set_default(&mut self, scheme: Scheme) {
+        self.default.get_or_insert(scheme);
+    }
+
+    /// Rows and columns that share a scale, of matrices in 8-bit floats.
+    pub fn fp8_block(&self) -> Option<[i32; 2]> {
+        self.fp8_block
     }
 
     /// The scheme of the tensor at `name` (without `.weight`), for one that has `.scales` beside it.
     pub fn scheme(&self, name: &str) -> Option<Scheme> {
         self.tensors.get(name).copied().unwrap_or(self.default)
     }
+}
+
+fn fp8_block(section: &serde_json::Map<String, Value>) -> Result<[i32; 2], GraphError> {
+    let sizes = section.get("weight_block_size").and_then(Value::as_array);
+    let sizes: Vec<i32> = sizes
+        .into_iter()
+        .flatten()
+        .filter_map(|size| size.as_i64().and_then(|size| i32::try_from(size).ok()).filter(|size| *size > 0))
+        .collect();
+    sizes.try_into().map_err(|_| {
+        GraphError::Config("`quant_method` `fp8` is supported only with a `weight_block_size` of two numbers".into())
+    })
 }
 
 fn scheme(

@@ -1,8 +1,7 @@
-//! Llama 2 and 3, and Mistral: the plain pre-norm decoder. Llama 3 scales its rotary frequencies; Mistral 7B v0.1 sees a
-//! sliding window in every layer.
+//! Llama 2 and 3: the plain pre-norm decoder. Llama 3 scales its rotary frequencies.
 
 use mesh_core::{Claims, Conventions, Fingerprint, ModelFamily, ModelProfile, Thinking};
-use mesh_graph::{AttentionSpec, CausalModel, Decoder, DecoderConfig, GraphError, GraphFamily, Weights};
+use mesh_graph::{CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Weights, accepted};
 use serde_json::Value;
 
 /// The family.
@@ -15,15 +14,11 @@ impl ModelFamily for Llama {
     }
 
     fn title(&self) -> &'static str {
-        "Llama, Mistral"
+        "Llama"
     }
 
     fn claims(&self) -> Claims {
-        Claims {
-            model_types: &["llama", "mistral"],
-            architectures: &["LlamaForCausalLM", "MistralForCausalLM"],
-            gguf_architectures: &["llama"],
-        }
+        Claims { model_types: &["llama"], architectures: &["LlamaForCausalLM"], gguf_architectures: &["llama"] }
     }
 
     fn fingerprint(&self) -> Option<Fingerprint> {
@@ -39,7 +34,7 @@ impl ModelFamily for Llama {
     }
 
     fn accept(&self, profile: &ModelProfile) -> Result<(), String> {
-        DecoderConfig::accept(profile)
+        accepted(DecoderConfig::read(&profile.config))
     }
 
     fn conventions(&self) -> Conventions {
@@ -50,7 +45,8 @@ impl ModelFamily for Llama {
 impl GraphFamily for Llama {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let config = DecoderConfig::read(config)?;
-        let attention = AttentionSpec { window: config.window(), ..config.attention() };
-        Ok(Box::new(Decoder::new(weights, &config, |_| attention.clone())?))
+        let attention = config.attention();
+        let layer = |weights: &mut Weights, name: &str, _| Layer::plain(weights, name, &config, attention.clone());
+        Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }
 }

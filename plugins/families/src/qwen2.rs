@@ -1,7 +1,9 @@
 //! Qwen 2 and 2.5: Llama with bias on q, k and v.
 
 use mesh_core::{Claims, Conventions, Fingerprint, ModelFamily, ModelProfile, Thinking};
-use mesh_graph::{AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, GraphError, GraphFamily, Weights};
+use mesh_graph::{
+    AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Weights, accepted,
+};
 use serde_json::Value;
 
 /// The family.
@@ -29,7 +31,7 @@ impl ModelFamily for Qwen2 {
     }
 
     fn accept(&self, profile: &ModelProfile) -> Result<(), String> {
-        DecoderConfig::accept(profile)
+        accepted(DecoderConfig::read(&profile.config))
     }
 
     fn conventions(&self) -> Conventions {
@@ -41,6 +43,7 @@ impl GraphFamily for Qwen2 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let config = DecoderConfig::read(config)?;
         let attention = AttentionSpec { qkv_bias: Bias::Yes, o_bias: Bias::No, ..config.attention() };
-        Ok(Box::new(Decoder::new(weights, &config, |_| attention.clone())?))
+        let layer = |weights: &mut Weights, name: &str, _| Layer::plain(weights, name, &config, attention.clone());
+        Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }
 }

@@ -1,7 +1,10 @@
 //! Qwen 3: no bias, RMS norm over each head of q and k before rotation.
 
 use mesh_core::{Claims, Conventions, Fingerprint, ModelFamily, ModelProfile, Thinking};
-use mesh_graph::{AttentionSpec, CausalModel, Decoder, DecoderConfig, GraphError, GraphFamily, Weights};
+use mesh_graph::{
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, NormWeight, QkNorm,
+    Weights, accepted,
+};
 use serde_json::Value;
 
 /// The family.
@@ -29,7 +32,7 @@ impl ModelFamily for Qwen3 {
     }
 
     fn accept(&self, profile: &ModelProfile) -> Result<(), String> {
-        DecoderConfig::accept(profile)
+        accepted(DecoderConfig::read(&profile.config))
     }
 
     fn conventions(&self) -> Conventions {
@@ -40,7 +43,9 @@ impl ModelFamily for Qwen3 {
 impl GraphFamily for Qwen3 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let config = DecoderConfig::read(config)?;
-        let attention = AttentionSpec { qk_norm_eps: Some(config.rms_norm_eps), ..config.attention() };
-        Ok(Box::new(Decoder::new(weights, &config, |_| attention.clone())?))
+        let attention =
+            AttentionSpec { qk_norm: QkNorm::PerHead(config.rms_norm_eps, NormWeight::Whole), ..config.attention() };
+        let layer = |weights: &mut Weights, name: &str, _| Layer::plain(weights, name, &config, attention.clone());
+        Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }
 }

@@ -25,9 +25,10 @@ impl Heads {
         rope: &Rope,
         dtype: Dtype,
     ) -> Result<Option<Self>, Exception> {
-        if spec.rope.traditional || spec.rope.dims != spec.head_dim || spec.head_dim % 2 != 0 {
+        let whole = spec.rope.as_ref().is_some_and(|rope| !rope.traditional && rope.dims == spec.head_dim);
+        let Some(angles) = rope.angles_per_position().filter(|_| whole && spec.head_dim % 2 == 0) else {
             return Ok(None);
-        }
+        };
         let mut names = vec!["qkv", "offset", "angles"];
         if norms.is_some() {
             names.extend(["q_norm", "k_norm"]);
@@ -55,7 +56,6 @@ impl Heads {
             threads_per_block: 32,
         })?;
         let norms = norms.map_or_else(Vec::new, |(q, k)| vec![q.weight().clone(), k.weight().clone()]);
-        let angles = rope.angles_per_position();
         let angles = Array::from_slice(&angles, &[angles.len() as i32]);
         Ok(Some(Self { kernel, norms, angles }))
     }

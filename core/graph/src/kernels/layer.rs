@@ -3,15 +3,16 @@
 use mlx_rs::{Array, Dtype, error::Exception};
 
 use crate::{
-    attention::{Attention, attend},
+    attention::Attention,
     cache::LayerCache,
     kernels::{
         heads::Heads,
         matvec::{Epilogue, Matvec, supports},
     },
     linear::{Embedding, Linear},
-    mlp::SwiGlu,
+    mlp::Mlp,
     norm::RmsNorm,
+    pass::Pass,
 };
 
 /// A layer's decode step in six launches and attention.
@@ -30,12 +31,15 @@ impl FusedLayer {
         input_layernorm: &RmsNorm,
         attention: &Attention,
         post_attention_layernorm: &RmsNorm,
-        mlp: &SwiGlu,
+        mlp: &Mlp,
     ) -> Result<Option<Self>, Exception> {
         let dtype = input_layernorm.weight().dtype();
-        let [q, k, v, o] = attention.projections();
-        let [gate, up, down] = mlp.projections();
-        let heads = Heads::new(attention.spec(), attention.norms(), attention.rope(), dtype)?;
+        let (Some([q, k, v, o]), Some([gate, up, down]), Some(rope)) =
+            (attention.plain_projections(), mlp.swiglu_projections(), attention.rope())
+        else {
+            return Ok(None);
+        };
+        let heads = Heads::new(attention.spec(), attention.norms(), rope, dtype)?;
         let qkv = Matvec::new(&[q, k, v], Some(input_layernorm), Epilogue::Plain, dtype)?;
         let o_proj = Matvec::new(&[o], None, Epilogue::Residual, dtype)?;
         let gate_up = Matvec::new(&[gate, up], Some(post_attention_layernorm), Epilogue::SwiGlu, dtype)?;
@@ -48,18 +52,18 @@ impl FusedLayer {
         Ok(Some(Self { qkv, heads, o_proj, gate_up, down_proj }))
     }
 
-    /// `x` is `[1, 1, hidden]`; `offset` the cache's length as one i32.
+    /// `x` is `[1, 1, hidden]`.
     pub fn forward(
         &self,
         x: &Array,
         attention: &Attention,
         cache: &mut LayerCache,
-        offset: &Array,
+        pass: &Pass,
     ) -> Result<Array, Exception> {
-        let [q, k, v] = self.heads.forward(&self.qkv.forward(x, None)?, offset)?;
-        let (k, v) = cache.update(&k, &v)?;
+        let [q, k, v] = self.heads.forward(&self.qkv.forward(x, None)?, &pass.column())?;
+        let [k, v] = cache.positions()?.update([&k, &v])?;
         let spec = attention.spec();
-        let out = attend(&q, &k, &v, attention.scale(), spec.window)?;
+        let out = attention.attend(&q, &k, &v, pass)?;
         let out = out.reshape(&[1, 1, spec.heads * spec.head_dim])?;
         let x = self.o_proj.forward(&out, Some(x))?;
         self.down_proj.forward(&self.gate_up.forward(&x, None)?, Some(&x))

@@ -1,11 +1,19 @@
 //! Checked weights. They balance: a missing tensor is named with the shape it should have, and one that nobody took
 //! stops the load.
+//!
+//! Graphs ask for tensors under one set of names. Where a checkpoint has others, its family renames them first; errors,
+//! and the quantization table, keep to the checkpoint's own.
+
+mod layout;
+mod stacked;
 
 use std::{collections::HashMap, path::PathBuf};
 
 use mesh_core::DeviceKind;
 use mlx_rs::{Array, Dtype, random};
 use serde_json::Value;
+
+pub use layout::NUMBERED_EXPERTS;
 
 use crate::{
     ffi::{self, Mode, Packed},
@@ -49,10 +57,19 @@ pub struct Weights {
     quantization: QuantizationTable,
     placement: Placement,
     taken: Vec<Array>,
+    /// What was replaced by what in names, in order.
+    renamed: Vec<(String, String)>,
+}
+
+/// A tensor, and what its file calls it.
+#[derive(Clone)]
+struct Tensor {
+    array: Array,
+    published: String,
 }
 
 enum Source {
-    Files(HashMap<String, Array>),
+    Files(HashMap<String, Tensor>),
     /// Made on demand, for benchmarks of a shape.
     Random {
         dtype: Dtype,
@@ -68,13 +85,15 @@ impl Weights {
         for file in files {
             let failed = |what: String| GraphError::File { path: file.display().to_string(), what };
             for (name, array) in Array::load_safetensors(file).map_err(|error| failed(error.to_string()))? {
-                if tensors.insert(name.clone(), array).is_some() {
+                let tensor = Tensor { array, published: name.clone() };
+                if tensors.insert(name.clone(), tensor).is_some() {
                     return Err(failed(format!("tensor `{name}` is in two files")));
                 }
             }
         }
         let quantization = QuantizationTable::read(config)?;
-        Ok(Self { source: Source::Files(tensors), quantization, placement, taken: Vec::new() })
+        let (taken, renamed) = (Vec::new(), Vec::new());
+        Ok(Self { source: Source::Files(tensors), quantization, placement, taken, renamed })
     }
 
     /// Seeded random weights of whatever shapes are asked for.
@@ -82,7 +101,8 @@ impl Weights {
         ffi::init();
         random::seed(seed)?;
         let quantization = scheme.map(QuantizationTable::uniform).unwrap_or_default();
-        Ok(Self { source: Source::Random { dtype, scheme }, quantization, placement, taken: Vec::new() })
+        let (taken, renamed) = (Vec::new(), Vec::new());
+        Ok(Self { source: Source::Random { dtype, scheme }, quantization, placement, taken, renamed })
     }
 
     /// Where the weights are held.
@@ -98,6 +118,14 @@ impl Weights {
         }
     }
 
+    /// The shape of a tensor that is there and not yet taken.
+    pub fn shape(&self, name: &str) -> Option<&[i32]> {
+        match &self.source {
+            Source::Files(tensors) => tensors.get(name).map(|tensor| tensor.array.shape()),
+            Source::Random { .. } => None,
+        }
+    }
+
     /// Drops a tensor that is known to be redundant.
     pub fn drop_tensor(&mut self, name: &str) {
         if let Source::Files(tensors) = &mut self.source {
@@ -108,9 +136,13 @@ impl Weights {
     /// Takes a tensor of plain floats.
     pub fn take(&mut self, name: &str, shape: &[i32]) -> Result<Array, GraphError> {
         let array = match &mut self.source {
-            Source::Files(tensors) => tensors
-                .remove(name)
-                .ok_or_else(|| GraphError::Weights(format!("tensor `{name}` of shape {shape:?} is missing")))?,
+            Source::Files(tensors) => match tensors.remove(name) {
+                Some(tensor) => tensor.array,
+                None => {
+                    let name = self.published(name);
+                    return Err(GraphError::Weights(format!("tensor `{name}` of shape {shape:?} is missing")));
+                }
+            },
             Source::Random { dtype, .. } => {
                 let scale = 1.0 / (*shape.last().unwrap_or(&1) as f32).sqrt();
                 let values = random::normal::<f32>(shape, None, scale, None)?;
@@ -119,7 +151,8 @@ impl Weights {
             }
         };
         if array.shape() != shape {
-            return Err(GraphError::Weights(format!("tensor `{name}` has shape {:?}, not {shape:?}", array.shape())));
+            let (name, found) = (self.published(name), array.shape());
+            return Err(GraphError::Weights(format!("tensor `{name}` has shape {found:?}, not {shape:?}")));
         }
         let array = match self.placement.floats {
             Some(dtype) if is_float(array.dtype()) && array.dtype() != dtype => array.as_dtype(dtype)?,
@@ -131,25 +164,33 @@ impl Weights {
 
     /// Takes a matrix `{name}.weight` of `[out, in]`, packed or plain.
     pub fn take_matrix(&mut self, name: &str, out: i32, inner: i32) -> Result<Matrix, GraphError> {
+        self.take_matrices(name, &[out], inner)
+    }
+
+    /// Takes `{name}.weight` of `[…, out, in]`, given the axes before the last; packed or plain.
+    fn take_matrices(&mut self, name: &str, rows: &[i32], inner: i32) -> Result<Matrix, GraphError> {
+        self.unpack_fp8(name)?;
+        let shape = |columns: i32| [rows, &[columns]].concat();
         let Some(scheme) = self.scheme_of(name, inner) else {
-            return Ok(Matrix::Plain(self.take(&format!("{name}.weight"), &[out, inner])?));
+            return Ok(Matrix::Plain(self.take(&format!("{name}.weight"), &shape(inner))?));
         };
-        let words = i64::from(inner) * i64::from(scheme.bits) / 32;
-        let groups = inner / scheme.group_size;
-        if inner % scheme.group_size != 0 || i64::from(inner) * i64::from(scheme.bits) % 32 != 0 {
+        let bits = i64::from(inner) * i64::from(scheme.bits);
+        if inner % scheme.group_size != 0 || bits % 32 != 0 {
             return Err(GraphError::Weights(format!(
-                "`{name}` has {inner} columns, which do not divide into groups of {}",
+                "`{}` has {inner} columns, which do not divide into groups of {}",
+                self.published(name),
                 scheme.group_size
             )));
         }
+        let groups = shape(inner / scheme.group_size);
         let packed = if let Source::Random { dtype, .. } = self.source {
-            self.random_packed(out, inner, scheme, dtype)?
+            self.random_packed(&shape((bits / 32) as i32), &groups, inner, scheme, dtype)?
         } else {
             Packed {
-                weight: self.take(&format!("{name}.weight"), &[out, words as i32])?,
-                scales: self.take(&format!("{name}.scales"), &[out, groups])?,
+                weight: self.take(&format!("{name}.weight"), &shape((bits / 32) as i32))?,
+                scales: self.take(&format!("{name}.scales"), &groups)?,
                 biases: match scheme.mode.has_biases() {
-                    true => Some(self.take(&format!("{name}.biases"), &[out, groups])?),
+                    true => Some(self.take(&format!("{name}.biases"), &groups)?),
                     false => None,
                 },
                 group_size: scheme.group_size,
@@ -160,31 +201,43 @@ impl Weights {
         if !self.placement.dequantize {
             return Ok(Matrix::Packed(packed));
         }
-        let mut plain = ffi::dequantize(&packed)?;
-        if let Some(dtype) = self.placement.floats {
-            plain = plain.as_dtype(dtype)?;
-        }
+        let plain = self.dequantized(&packed)?;
         let parts = if packed.biases.is_some() { 3 } else { 2 };
         self.taken.truncate(self.taken.len().saturating_sub(parts));
         self.taken.push(plain.clone());
         Ok(Matrix::Plain(plain))
     }
 
+    fn dequantized(&self, packed: &Packed) -> Result<Array, GraphError> {
+        let plain = ffi::dequantize(packed)?;
+        Ok(match self.placement.floats {
+            Some(dtype) => plain.as_dtype(dtype)?,
+            None => plain,
+        })
+    }
+
     fn scheme_of(&self, name: &str, inner: i32) -> Option<Scheme> {
         match &self.source {
-            Source::Files(_) if self.has(&format!("{name}.scales")) => self.quantization.scheme(name),
-            Source::Files(_) => None,
+            Source::Files(tensors) => {
+                let published = &tensors.get(&format!("{name}.scales"))?.published;
+                self.quantization.scheme(published.strip_suffix(".scales").unwrap_or(published))
+            }
             Source::Random { scheme, .. } => scheme.filter(|scheme| inner % scheme.group_size == 0),
         }
     }
 
-    fn random_packed(&mut self, out: i32, inner: i32, scheme: Scheme, dtype: Dtype) -> Result<Packed, GraphError> {
-        let words = inner * scheme.bits / 32;
-        let weight = random::randint::<_, u32>(0, i32::MAX, &[out, words], None)?;
+    fn random_packed(
+        &mut self,
+        words: &[i32],
+        groups: &[i32],
+        inner: i32,
+        scheme: Scheme,
+        dtype: Dtype,
+    ) -> Result<Packed, GraphError> {
+        let weight = random::randint::<_, u32>(0, i32::MAX, words, None)?;
         let levels = (1_i64 << scheme.bits) as f32;
         let spread = 3.5 / ((inner as f32).sqrt() * levels);
-        let groups = [out, inner / scheme.group_size];
-        let scales = random::uniform::<_, f32>(0.5 * spread, spread, &groups, None)?.as_dtype(dtype)?;
+        let scales = random::uniform::<_, f32>(0.5 * spread, spread, groups, None)?.as_dtype(dtype)?;
         let biases = scales.multiply(Array::from_f32(-levels / 2.0).as_dtype(dtype)?)?;
         let has_biases = scheme.mode == Mode::Affine;
         self.taken.extend([weight.clone(), scales.clone()]);
@@ -205,7 +258,7 @@ impl Weights {
             && !tensors.is_empty()
         {
             let mut names: Vec<_> =
-                tensors.iter().map(|(name, array)| format!("`{name}` {:?}", array.shape())).collect();
+                tensors.values().map(|tensor| format!("`{}` {:?}", tensor.published, tensor.array.shape())).collect();
             names.sort();
             let more = names.len().saturating_sub(20);
             names.truncate(20);

@@ -1,0 +1,203 @@
+//! Other names and layouts of the same weights, brought to the ones that graphs ask for. Nothing is computed before it
+//! is evaluated; where rows stay in order, nothing is copied either.
+
+use std::collections::HashMap;
+
+use mlx_rs::{Array, Dtype, ops, ops::indexing};
+
+use super::{Source, Tensor, Weights};
+use crate::{
+    ffi::{self, Mode},
+    model::GraphError,
+    quantization::Scheme,
+};
+
+/// Names that multimodal wrappers put before those of the language model.
+const WRAPPED: &[(&str, &str)] = &[
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+];
+
+/// Mixtral's names for an expert's projections, which others have taken over, and the usual ones.
+pub const NUMBERED_EXPERTS: &[(&str, &str)] =
+    &[(".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj.")];
+
+/// What may stand behind a matrix's name.
+const PARTS: [&str; 4] = ["weight", "scales", "biases", "bias"];
+
+impl Weights {
+    /// Replaces `from` by `to` wherever it stands in a name.
+    pub fn rename(&mut self, pairs: &[(&str, &str)]) {
+        let Source::Files(tensors) = &mut self.source else { return };
+        for (from, to) in pairs {
+            let all = std::mem::take(tensors);
+            tensors.extend(all.into_iter().map(|(name, tensor)| (name.replace(from, to), tensor)));
+            self.renamed.push(((*from).to_owned(), (*to).to_owned()));
+        }
+    }
+
+    /// Takes the language model's names out of a multimodal wrapper's, and leaves out what begins with any of
+    /// `prefixes`: parts that are known and not computed, such as a vision tower.
+    pub fn text_part(&mut self, prefixes: &[&str]) {
+        self.leave_out(prefixes);
+        let Source::Files(tensors) = &mut self.source else { return };
+        for (from, to) in WRAPPED {
+            if !tensors.keys().any(|name| name.starts_with(from)) {
+                continue;
+            }
+            let all = std::mem::take(tensors);
+            tensors.extend(all.into_iter().map(|(name, tensor)| match name.strip_prefix(from) {
+                Some(rest) => (format!("{to}{rest}"), tensor),
+                None => (name, tensor),
+            }));
+            self.renamed.push(((*from).to_owned(), (*to).to_owned()));
+        }
+    }
+
+    /// Drops the tensors whose names begin with any of `prefixes`, or with `model.` and any of them.
+    pub fn leave_out(&mut self, prefixes: &[&str]) {
+        if let Source::Files(tensors) = &mut self.source {
+            tensors.retain(|name, _| {
+                let inner = name.strip_prefix("model.").unwrap_or(name);
+                !prefixes.iter().any(|prefix| name.starts_with(prefix) || inner.starts_with(prefix))
+            });
+        }
+    }
+
+    /// Drops the tensors whose names end with any of `endings`.
+    pub fn leave_out_endings(&mut self, endings: &[&str]) {
+        if let Source::Files(tensors) = &mut self.source {
+            tensors.retain(|name, _| !endings.iter().any(|ending| name.ends_with(ending)));
+        }
+    }
+
+    /// The name a graph asks for, as the checkpoint would have it.
+    pub(super) fn published(&self, name: &str) -> String {
+        self.renamed.iter().rev().fold(name.to_owned(), |name, (from, to)| match name.contains(to.as_str()) {
+            true => name.replacen(to, from, 1),
+            false => name,
+        })
+    }
+
+    fn tensors(&mut self) -> Option<&mut HashMap<String, Tensor>> {
+        match &mut self.source {
+            Source::Files(tensors) => Some(tensors),
+            Source::Random { .. } => None,
+        }
+    }
+
+    /// Splits the matrix `name`, with all that belongs to it, into consecutive rows under other names. Does nothing if
+    /// the matrix is not there, and leaves a wrong number of rows to those who take the parts.
+    pub fn split_rows(&mut self, name: &str, parts: &[(&str, i32)]) -> Result<(), GraphError> {
+        self.parts_of(name, |array, axis| {
+            let mut start = 0;
+            let mut split = Vec::new();
+            for (to, rows) in parts {
+                let stop = (start + rows).min(array.dim(axis));
+                split.push(((*to).to_owned(), rows_of(array, axis, start, stop)?));
+                start = stop;
+            }
+            Ok(split)
+        })
+    }
+
+    /// Splits a matrix whose rows alternate between `even` and `odd`.
+    pub fn split_alternating_rows(&mut self, name: &str, even: &str, odd: &str) -> Result<(), GraphError> {
+        self.parts_of(name, |array, axis| {
+            let rows = array.dim(axis);
+            let every_other = |first: i32| -> Result<Array, GraphError> {
+                let picked: Vec<i32> = (first..rows).step_by(2).collect();
+                let picked = Array::from_slice(&picked, &[picked.len() as i32]);
+                Ok(indexing::take_axis(array, &picked, axis)?)
+            };
+            Ok(vec![(even.to_owned(), every_other(0)?), (odd.to_owned(), every_other(1)?)])
+        })
+    }
+
+    /// Puts the rows of a matrix in another order: row `i` becomes what `order[i]` was.
+    pub fn reorder_rows(&mut self, name: &str, order: &[i32]) -> Result<(), GraphError> {
+        self.parts_of(name, |array, axis| {
+            let order = Array::from_slice(order, &[order.len() as i32]);
+            Ok(vec![(name.to_owned(), indexing::take_axis(array, &order, axis)?)])
+        })
+    }
+
+    /// Replaces each part of the matrix `name` by what `change` makes of it, along the axis that counts rows.
+    fn parts_of(
+        &mut self,
+        name: &str,
+        change: impl Fn(&Array, i32) -> Result<Vec<(String, Array)>, GraphError>,
+    ) -> Result<(), GraphError> {
+        let Some(tensors) = self.tensors() else { return Ok(()) };
+        for part in PARTS {
+            let Some(tensor) = tensors.remove(&format!("{name}.{part}")) else { continue };
+            let axis = tensor.array.ndim() as i32 - if part == "bias" { 1 } else { 2 };
+            for (to, array) in change(&tensor.array, axis)? {
+                tensors.insert(format!("{to}.{part}"), Tensor { array, published: tensor.published.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Experts in MXFP4 as published: `{name}_blocks` of `[experts, out, in / 32, 16]` bytes with `{name}_scales` and
+    /// `{name}_bias`, which become `{name}.weight`, `.scales` and `.bias`. Does nothing where they are not.
+    pub fn unpack_mxfp4_blocks(&mut self, name: &str) -> Result<(), GraphError> {
+        let Some(tensors) = self.tensors() else { return Ok(()) };
+        for (from, to) in [("_blocks", ".weight"), ("_scales", ".scales"), ("_bias", ".bias")] {
+            let Some(Tensor { array, published }) = tensors.remove(&format!("{name}{from}")) else { continue };
+            // Low nibble first in both, so the bytes are MLX's words already.
+            let array = match (from, array.shape()) {
+                ("_blocks", [experts, out, groups, 16]) => {
+                    let shape = [*experts, *out, groups * 4];
+                    array.reshape(&[*experts, *out, groups * 16])?.view_dtype(Dtype::Uint32)?.reshape(&shape)?
+                }
+                ("_blocks", shape) => {
+                    let what = format!("tensor `{published}` has shape {shape:?}, not [experts, out, in / 32, 16]");
+                    return Err(GraphError::Weights(what));
+                }
+                _ => array,
+            };
+            let published = published.replace(from, to);
+            tensors.insert(format!("{name}{to}"), Tensor { array, published });
+        }
+        let scheme = Scheme { group_size: 32, bits: 4, mode: Mode::Mxfp4 };
+        self.quantization.set_default(scheme);
+        Ok(())
+    }
+
+    /// A matrix in 8-bit floats with `{name}.weight_scale_inv` for blocks becomes a plain one. Does nothing to others.
+    pub(super) fn unpack_fp8(&mut self, name: &str) -> Result<(), GraphError> {
+        let Some([rows, columns]) = self.quantization.fp8_block() else { return Ok(()) };
+        let dtype = self.placement.floats.unwrap_or(Dtype::Bfloat16);
+        let Some(tensors) = self.tensors() else { return Ok(()) };
+        let key = format!("{name}.weight");
+        let Some(scales) = tensors.remove(&format!("{key}_scale_inv")) else { return Ok(()) };
+        let Some(codes) = tensors.get_mut(&key) else { return Ok(()) };
+        let (shape, blocks) = (codes.array.shape().to_vec(), scales.array.shape());
+        let [out, inner] = shape[..] else {
+            return Err(GraphError::Weights(format!("tensor `{}` is no matrix", codes.published)));
+        };
+        let wanted = [(out + rows - 1) / rows, (inner + columns - 1) / columns];
+        if blocks != wanted {
+            let name = &scales.published;
+            return Err(GraphError::Weights(format!("tensor `{name}` has shape {blocks:?}, not {wanted:?}")));
+        }
+        let spread = ops::repeat_axis::<f32>(scales.array.as_dtype(Dtype::Float32)?, rows, 0)?;
+        let spread = ops::repeat_axis::<f32>(spread, columns, 1)?;
+        let spread = ffi::slice(&spread, [0, 0], [out, inner])?;
+        codes.array = ffi::from_fp8(&codes.array, Dtype::Float32)?.multiply(spread)?.as_dtype(dtype)?;
+        Ok(())
+    }
+}
+
+fn rows_of(array: &Array, axis: i32, start: i32, stop: i32) -> Result<Array, GraphError> {
+    let shape = array.shape();
+    Ok(match (shape, axis) {
+        ([_], 0) => ffi::slice(array, [start], [stop])?,
+        ([_, b], 0) => ffi::slice(array, [start, 0], [stop, *b])?,
+        ([a, _], 1) => ffi::slice(array, [0, start], [*a, stop])?,
+        ([a, _, c], 1) => ffi::slice(array, [0, start, 0], [*a, stop, *c])?,
+        _ => return Err(GraphError::Weights(format!("a tensor of shape {shape:?} cannot be split by rows"))),
+    })
+}
