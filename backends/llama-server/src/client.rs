@@ -119,12 +119,14 @@ impl Client {
 
     /// The `count` likeliest tokens after `prompt`, best first.
     pub async fn likeliest(&self, prompt: &[u32], count: u32) -> Result<Vec<Candidate>, ClientError> {
-        let body = Ahead::new(prompt, count);
+        let malformed = |what: &str| ClientError::Malformed(what.to_owned());
+        let whole = self.tokenize("a", false).await?.pop().ok_or_else(|| malformed("no tokens of a letter"))?;
+        let body = Ahead::new(prompt, count, whole);
         let work = async { json::<Steps>(self.post("/completion", &body).await?).await };
         let steps = timeout(self.silence_max, work).await.map_err(|_| ClientError::Silent(self.silence_max))??;
         match steps.completion_probabilities.into_iter().next() {
             Some(step) if !step.top_logprobs.is_empty() => Ok(step.top_logprobs),
-            _ => Err(ClientError::Malformed("an answer without probabilities".into())),
+            _ => Err(malformed("an answer without probabilities")),
         }
     }
 

@@ -48,7 +48,10 @@ pub(crate) struct Meta {
     pub n_vocab: Option<u32>,
 }
 
-/// Body of `POST /completion` that asks for the likeliest next tokens. Probabilities are those before any sampler.
+/// Body of `POST /completion` that asks for the likeliest next tokens.
+///
+/// Probabilities are those before any sampler. They are left out where the token that is drawn is no whole text, as half a
+/// character is, so a bias has another one drawn.
 #[derive(Debug, Serialize)]
 pub(crate) struct Ahead<'a> {
     pub prompt: &'a [u32],
@@ -57,12 +60,15 @@ pub(crate) struct Ahead<'a> {
     pub n_predict: u32,
     pub n_probs: u32,
     pub post_sampling_probs: bool,
+    pub samplers: [&'static str; 1],
+    pub top_k: u32,
+    pub logit_bias: [(u32, f32); 1],
     pub response_fields: [&'static str; 1],
 }
 
 impl<'a> Ahead<'a> {
-    /// For the `count` likeliest tokens after `prompt`.
-    pub fn new(prompt: &'a [u32], count: u32) -> Self {
+    /// For the `count` likeliest tokens after `prompt`; `whole` is a token that is a text by itself.
+    pub fn new(prompt: &'a [u32], count: u32, whole: u32) -> Self {
         Self {
             prompt,
             stream: false,
@@ -70,6 +76,9 @@ impl<'a> Ahead<'a> {
             n_predict: 1,
             n_probs: count,
             post_sampling_probs: false,
+            samplers: ["top_k"],
+            top_k: 1,
+            logit_bias: [(whole, 1e6)],
             response_fields: ["completion_probabilities"],
         }
     }

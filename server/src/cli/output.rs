@@ -81,6 +81,11 @@ impl Output {
         })
     }
 
+    /// The same for a command that may answer in JSON: what is read by a program holds nothing else.
+    pub fn progress_beside(&self, json: bool) -> ProgressSink {
+        if json && !self.drawn { ProgressSink::silent() } else { self.progress() }
+    }
+
     fn show(&self, shown: &mut HashMap<String, ProgressBar>, progress: Progress) {
         let (verb, what, bytes) = match &progress.stage {
             Stage::Download { file } => ("download", file, true),

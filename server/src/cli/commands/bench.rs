@@ -35,7 +35,7 @@ pub async fn run(args: BenchArgs, output: &Output) -> Result<(), Failure> {
         None => {
             let setting = Setting::new(&args.environment)?;
             let plan = ModelPlan::new(&args.model, &setting.config, |id| setting.formats(id));
-            let starter = setting.starter(&plan, output.progress(), Arc::new(|_| {}));
+            let starter = setting.starter(&plan, output.progress_beside(args.json), Arc::new(|_| {}));
             let served = starter.start().await.map_err(|error| Failure::from(&error))?;
             let vocab_size = served.profile.vocab_size.as_ref().map_or(1000, |fact| fact.value);
             (served.profile.name.clone(), served.handle.clone(), vocab_size)

@@ -18,7 +18,7 @@ use crate::cli::{
 pub async fn run(args: ExplainArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::new(&args.environment)?;
     let plan = setting.choose(args.model.clone(), &args.choice)?;
-    let starter = setting.starter(&plan, output.progress(), Arc::new(|_| {}));
+    let starter = setting.starter(&plan, output.progress_beside(args.json), Arc::new(|_| {}));
     let profile = starter.locate.locate(&starter.progress).await.map_err(|error| Failure::from(&error))?;
     let electorate = setting.electorate.clone();
     let (profile, votes) = tokio::task::spawn_blocking(move || {

@@ -45,7 +45,7 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
     }
     let margin = args.tolerance.unwrap_or(MARGIN);
     let setting = Setting::new(&args.environment)?;
-    let forms = setting.store.exact(&args.model, &output.progress()).await?;
+    let forms = setting.store.exact(&args.model, &output.progress_beside(args.json)).await?;
     let (imported, unpacked) = (profile(forms.imported).await?, profile(forms.unpacked).await?);
     let tokenizer = tokenizer(&imported)?;
     let prompts = encode(&tokenizer)?;
@@ -58,7 +58,7 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
     }
     let backend = setting.electorate.backend(MLX).ok_or_else(|| Failure::new(Exit::Backend, "mlx is not linked"))?;
     let plan = plan(&setting, backend, imported, mlx_settings, &args.model)?;
-    let handle = backend.load(plan.clone(), output.progress()).await.map_err(load_failure)?;
+    let handle = backend.load(plan.clone(), output.progress_beside(args.json)).await.map_err(load_failure)?;
     let chosen = continue_all(&*handle, &prompts).await;
     handle.drain(GRACE).await;
     let chosen = chosen?;
@@ -66,7 +66,8 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
     let mut settings = setting.electorate.settings(LLAMA_SERVER);
     exact_cache(&mut settings);
     let reference = self::plan(&setting, &LLAMA_SERVER_BACKEND, unpacked, settings, &args.model)?;
-    let engine = LLAMA_SERVER_BACKEND.load_engine(&reference, output.progress()).await.map_err(load_failure)?;
+    let engine =
+        LLAMA_SERVER_BACKEND.load_engine(&reference, output.progress_beside(args.json)).await.map_err(load_failure)?;
     let compared = compare_all(&engine, &prompts, &chosen, margin).await;
     engine.drain(GRACE).await;
     let compared = compared?;
