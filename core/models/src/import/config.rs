@@ -14,6 +14,9 @@ use crate::{
     gguf::{GROUP, Gguf},
 };
 
+/// Most layers that are believed; the deepest published models have fewer than 200.
+const LAYERS_MAX: u32 = 4096;
+
 /// The sizes of a model.
 #[derive(Debug)]
 pub(super) struct Model {
@@ -73,9 +76,14 @@ impl Model {
                 });
             }
         }
+        let layers = required("block_count")?;
+        if layers > LAYERS_MAX {
+            let what = format!("it is {layers}; up to {LAYERS_MAX} layers are imported");
+            return Err(ImportError::Setting { key: format!("{name}.block_count"), what });
+        }
         Ok(Self {
             architecture,
-            layers: required("block_count")?,
+            layers,
             heads,
             kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,

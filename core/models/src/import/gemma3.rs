@@ -73,7 +73,7 @@ fn query_scalar<D: AsRef<[u8]>>(gguf: &Gguf<D>, model: &Model) -> Result<Value, 
     }
     match model.layers {
         layers if BY_HEAD_DIM.contains(&layers) => Ok(json!(model.head_dim)),
-        BY_SHARE => Ok(json!(model.hidden / model.heads)),
+        BY_SHARE if model.hidden >= model.heads => Ok(json!(model.hidden / model.heads)),
         layers => {
             let what = format!("missing, and no published size has {layers} layers, by which it could be known");
             Err(ImportError::Setting { key: key.into(), what })
@@ -180,6 +180,8 @@ mod tests {
              could be known"
         );
         assert!(scalar(&tiny(7).float("gemma3.attention.scale", 0.0)).is_err());
+        let endless = tiny(u32::MAX).float("gemma3.attention.scale", 0.25);
+        assert!(scalar(&endless).unwrap_err().to_string().contains("up to 4096 layers"));
     }
 
     #[test]

@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use super::tokenizer::{BYTE, Encoding, NORMAL, Vocabulary, refuse};
 use crate::{error::ImportError, gguf::Gguf};
 
+/// Longest piece, in bytes, as each is cut everywhere; the longest published ones have about 100.
+const PIECE_BYTES_MAX: usize = 1024;
 /// What stands for a space.
 const SPACE: &str = "▁";
 
@@ -17,6 +19,9 @@ pub(super) fn encoding<D: AsRef<[u8]>>(gguf: &Gguf<D>, vocabulary: &Vocabulary<'
     let bytes = vocabulary.used().filter(|(.., kind)| *kind == BYTE).count();
     if bytes != 256 {
         return Err(refuse(format!("it has {bytes} of the 256 tokens that stand for single bytes")));
+    }
+    if let Some((id, text, _)) = vocabulary.used().find(|(_, text, _)| text.len() > PIECE_BYTES_MAX) {
+        return Err(refuse(format!("token {id} has {} bytes, up to {PIECE_BYTES_MAX} are imported", text.len())));
     }
     let scores: Vec<f32> =
         gguf.array("tokenizer.ggml.scores").map(|scores| scores.floats().collect()).unwrap_or_default();
@@ -202,7 +207,21 @@ mod tests {
         };
         assert!(refusal("tokenizer.ggml.scores").contains("273 tokens and 0 scores"));
         assert!(refusal("tokenizer.ggml.token_type").contains("0 of the 256 tokens"));
-        let other = Gguf::parse(writer().finish()).unwrap();
-        assert!(tokenizer::read(&other).is_ok());
+        assert!(tokenizer::read(&Gguf::parse(writer().finish()).unwrap()).is_ok());
+    }
+
+    #[test]
+    fn endless_pieces_are_refused() {
+        let endless = "a".repeat(2000);
+        let mut tokens: Vec<String> = (0..256).map(|byte| format!("<0x{byte:02X}>")).collect();
+        tokens.push(endless);
+        let texts: Vec<&str> = tokens.iter().map(String::as_str).collect();
+        let writer = GgufWriter::new("gemma3")
+            .text("tokenizer.ggml.model", "llama")
+            .texts("tokenizer.ggml.tokens", &texts)
+            .numbers("tokenizer.ggml.token_type", &[vec![6; 256], vec![1]].concat())
+            .floats("tokenizer.ggml.scores", &[0.0; 257]);
+        let error = tokenizer::read(&Gguf::parse(writer.finish()).unwrap()).err().unwrap();
+        assert!(error.to_string().contains("token 256 has 2000 bytes"), "{error}");
     }
 }
