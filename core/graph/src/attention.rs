@@ -265,7 +265,9 @@ impl Attention {
 
 impl QueryGrowth {
     fn factor(&self, pass: &Pass) -> Result<Array, Exception> {
-        let periods = pass.positions()?.divide(Array::from_f32(self.original_max_position_embeddings))?;
+        // Padding stands before the first position.
+        let positions = ops::maximum(pass.positions()?, Array::from_f32(0.0))?;
+        let periods = positions.divide(Array::from_f32(self.original_max_position_embeddings))?;
         let growth = ops::log1p(ops::floor(periods)?)?.multiply(scalar(self.beta, mlx_rs::Dtype::Float32)?)?;
         growth.add(Array::from_f32(1.0))
     }

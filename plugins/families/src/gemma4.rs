@@ -135,7 +135,7 @@ impl Experts {
     fn new(weights: &mut Weights, name: &str, config: &DecoderConfig, spec: &MoeSpec) -> Result<Self, GraphError> {
         let [fused, gate, up] =
             ["gate_up_proj", "gate_proj", "up_proj"].map(|part| format!("{name}.moe.switch_mlp.{part}"));
-        weights.split_rows(&fused, &[(&gate, spec.inner), (&up, spec.inner)])?;
+        weights.split_rows(&fused, config.hidden_size, &[(&gate, spec.inner), (&up, spec.inner)])?;
         let moe = Moe::new(weights, &format!("{name}.moe"), config, spec.clone())?;
         let mut norm = |part: &str| norm(weights, &format!("{name}.{part}"), config);
         let [router, before] = [norm("moe.router.norm")?, norm("pre_feedforward_layernorm_2")?];

@@ -54,7 +54,7 @@ impl GraphFamily for Glm4 {
         let inner = config.intermediate_size;
         let layer = |weights: &mut Weights, name: &str, _| {
             let [fused, gate, up] = ["gate_up_proj", "gate_proj", "up_proj"].map(|part| format!("{name}.mlp.{part}"));
-            weights.split_rows(&fused, &[(&gate, inner), (&up, inner)])?;
+            weights.split_rows(&fused, config.hidden_size, &[(&gate, inner), (&up, inner)])?;
             let attention = Attention::new(weights, &format!("{name}.self_attn"), attention.clone())?;
             let mlp = Mlp::new(weights, &format!("{name}.mlp"), &config)?;
             Layer::new(weights, name, &config, NORMS, attention, mlp)

@@ -63,13 +63,13 @@ fn read(config: &Value) -> Result<(DecoderConfig, MoeSpec), GraphError> {
 
 /// Published experts are `mlp.experts.gate_up_proj`, whose rows are a gate's and an up projection's in turn, and
 /// `down_proj`; mlx-lm stores `mlp.experts.gate_proj`, `up_proj` and `down_proj`.
-fn experts(weights: &mut Weights, layer: &str) -> Result<(), GraphError> {
+fn experts(weights: &mut Weights, layer: &str, inner: i32) -> Result<(), GraphError> {
     let [fused, gate, up, down] =
         ["gate_up_proj", "gate_proj", "up_proj", "down_proj"].map(|part| format!("{layer}.mlp.switch_mlp.{part}"));
     for name in [&fused, &down] {
         weights.unpack_mxfp4_blocks(name)?;
     }
-    weights.split_alternating_rows(&fused, &gate, &up)
+    weights.split_alternating_rows(&fused, inner, &gate, &up)
 }
 
 impl GraphFamily for GptOss {
@@ -77,7 +77,7 @@ impl GraphFamily for GptOss {
         let (config, moe) = read(config)?;
         weights.rename(&[(".mlp.experts.", ".mlp.switch_mlp.")]);
         let layer = |weights: &mut Weights, name: &str, index: usize| {
-            experts(weights, name)?;
+            experts(weights, name, config.intermediate_size)?;
             let attention = AttentionSpec { window: config.layer_window(index)?, sinks: true, ..config.attention() };
             let attention = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
             let moe = Moe::new(weights, &format!("{name}.mlp"), &config, moe.clone())?;

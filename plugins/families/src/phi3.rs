@@ -42,13 +42,13 @@ impl GraphFamily for Phi3 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let (config, attention) = read(config)?;
         let (q, kv) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
-        let inner = config.intermediate_size;
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let layer = |weights: &mut Weights, name: &str, _| {
             let of = |part: &str| format!("{name}.{part}");
             let [q_proj, k_proj, v_proj] = ["q_proj", "k_proj", "v_proj"].map(|part| of(&format!("self_attn.{part}")));
-            weights.split_rows(&of("self_attn.qkv_proj"), &[(&q_proj, q), (&k_proj, kv), (&v_proj, kv)])?;
+            weights.split_rows(&of("self_attn.qkv_proj"), hidden, &[(&q_proj, q), (&k_proj, kv), (&v_proj, kv)])?;
             let [gate_proj, up_proj] = [of("mlp.gate_proj"), of("mlp.up_proj")];
-            weights.split_rows(&of("mlp.gate_up_proj"), &[(&gate_proj, inner), (&up_proj, inner)])?;
+            weights.split_rows(&of("mlp.gate_up_proj"), hidden, &[(&gate_proj, inner), (&up_proj, inner)])?;
             Layer::plain(weights, name, &config, attention.clone())
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))

@@ -47,16 +47,16 @@ fn read(config: &Value) -> Result<(DeltaDecoderConfig, QwenMoeConfig), GraphErro
 
 /// Projections come fused, in runs that belong to one key head: its query, its key, then the values and the gates that it
 /// serves; and likewise for what gives b and a.
-fn unfuse(weights: &mut Weights, name: &str, net: &DeltaNetConfig) -> Result<(), GraphError> {
+fn unfuse(weights: &mut Weights, name: &str, hidden: i32, net: &DeltaNetConfig) -> Result<(), GraphError> {
     let heads = net.linear_num_key_heads;
     let run = net.linear_num_value_heads / heads;
     let (key, values) = (net.linear_key_head_dim, run * net.linear_value_head_dim);
     let [qkvz, qkv, z] = ["in_proj_qkvz", "in_proj_qkv", "in_proj_z"].map(|part| format!("{name}.{part}"));
     weights.reorder_rows(&qkvz, &gathered(heads, &[key, key, values, values]))?;
-    weights.split_rows(&qkvz, &[(&qkv, heads * (2 * key + values)), (&z, heads * values)])?;
+    weights.split_rows(&qkvz, hidden, &[(&qkv, heads * (2 * key + values)), (&z, heads * values)])?;
     let [ba, b, a] = ["in_proj_ba", "in_proj_b", "in_proj_a"].map(|part| format!("{name}.{part}"));
     weights.reorder_rows(&ba, &gathered(heads, &[run, run]))?;
-    weights.split_rows(&ba, &[(&b, heads * run), (&a, heads * run)])
+    weights.split_rows(&ba, hidden, &[(&b, heads * run), (&a, heads * run)])
 }
 
 /// Rows of `heads` runs, each made of parts of these sizes, so that the first parts of all come first.
@@ -76,7 +76,10 @@ impl GraphFamily for Qwen3Next {
         let (config, moe) = read(config)?;
         weights.leave_out(LEFT_OUT);
         for index in 0..config.decoder.num_hidden_layers {
-            unfuse(weights, &format!("model.layers.{index}.linear_attn"), &config.net)?;
+            if config.is_linear(index)? {
+                let name = format!("model.layers.{index}.linear_attn");
+                unfuse(weights, &name, config.decoder.hidden_size, &config.net)?;
+            }
         }
         let mlp = |weights: &mut Weights, name: &str, index| moe.feed_forward(weights, name, &config.decoder, index);
         Ok(Box::new(config.decoder(weights, mlp)?))

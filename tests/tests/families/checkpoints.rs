@@ -34,3 +34,12 @@ pub fn profile(root: &Path) -> ModelProfile {
     };
     probe(&artifact).unwrap_or_else(|error| panic!("{}: {error}", root.display()))
 }
+
+/// What a difference of logits may be at most.
+///
+/// # Panics
+/// If the directory does not say.
+pub fn tolerance(root: &Path) -> f32 {
+    let text = fs::read_to_string(root.join("tolerance")).expect("a tolerance");
+    text.trim().parse().expect("a number")
+}

@@ -1,12 +1,12 @@
 //! Every golden checkpoint against its reference.
 
-use std::{collections::BTreeSet, fs};
+use std::collections::BTreeSet;
 
 use conformance::shared::shared;
 use mesh_backend_mlx::verify::{Comparison, Precision, verify};
 use mesh_core::{DeviceKind, registry};
 
-use crate::checkpoints::{names, profile};
+use crate::checkpoints::{names, profile, tolerance};
 
 #[test]
 fn goldens_pass() {
@@ -14,15 +14,15 @@ fn goldens_pass() {
     let families = registry::families().expect("families are unique");
     let only = std::env::var("GOLDEN").ok();
     let mut failures = Vec::new();
-    for name in names(&root).into_iter().filter(|name| only.as_ref().is_none_or(|only| name.starts_with(only.as_str()))) {
+    for name in names(&root).into_iter().filter(|name| only.as_ref().is_none_or(|only| name.starts_with(only.as_str())))
+    {
         let profile = profile(&root.join(&name));
         let family = registry::family_of(families, &profile);
-        let tolerance = fs::read_to_string(root.join(&name).join("tolerance")).expect("a tolerance");
         let comparison = Comparison {
             device: DeviceKind::Cpu,
             precision: Precision::Exact,
             kernels: true,
-            tolerance: tolerance.trim().parse().expect("a number"),
+            tolerance: tolerance(&root.join(&name)),
         };
         let checks = match verify(&profile, family, comparison) {
             Ok(checks) => checks,

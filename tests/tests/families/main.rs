@@ -2,5 +2,8 @@
 
 mod checkpoints;
 mod goldens;
+mod models;
+mod properties;
+mod refusals;
 
 use mesh_families as _;

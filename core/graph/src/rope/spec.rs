@@ -89,13 +89,14 @@ pub struct Yarn {
 }
 
 impl RopeSpec {
-    /// Reads `rope_parameters` (flat), or `rope_theta` with `rope_scaling`, of a text config. The first
-    /// `partial_rotary_factor` of `head_dim` dimensions are rotated. A kind that is not computed here is an error that
-    /// names it.
+    /// Reads `rope_parameters` (where that tells layer types apart: those of full attention), or `rope_theta` with
+    /// `rope_scaling`, of a text config. The first `partial_rotary_factor` of `head_dim` dimensions are rotated. A kind
+    /// that is not computed here is an error that names it.
     pub fn read(config: &Value, head_dim: i32) -> Result<Self, GraphError> {
         let object = |key: &str| config.get(key).filter(|value| value.is_object());
-        let nested = object("rope_parameters").filter(|value| !value.as_object().is_some_and(is_by_layer_type));
-        Self::parse(config, nested.or_else(|| object("rope_scaling")), head_dim)
+        let parameters = object("rope_parameters");
+        let full = parameters.and_then(|all| all.get("full_attention")).filter(|value| value.is_object());
+        Self::parse(config, full.or(parameters).or_else(|| object("rope_scaling")), head_dim)
     }
 
     /// Reads `rope_parameters.{layer_type}`, or failing that what [`read`](Self::read) reads.
@@ -196,10 +197,6 @@ impl RopeSpec {
             _ => 1.0,
         }
     }
-}
-
-fn is_by_layer_type(parameters: &serde_json::Map<String, Value>) -> bool {
-    !parameters.is_empty() && parameters.values().all(Value::is_object)
 }
 
 fn yarn_mscale(factor: f32, mscale: f32) -> f32 {

@@ -1,7 +1,7 @@
 //! Other names and layouts of the same weights, brought to the ones that graphs ask for. Nothing is computed before it
 //! is evaluated; where rows stay in order, nothing is copied either.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use mlx_rs::{Array, Dtype, ops, ops::indexing};
 
@@ -19,6 +19,9 @@ const WRAPPED: &[(&str, &str)] = &[
     ("language_model.lm_head.", "lm_head."),
 ];
 
+/// The wrapper that the last two of these share.
+const OUTER: &str = "language_model.";
+
 /// Mixtral's names for an expert's projections, which others have taken over, and the usual ones.
 pub const NUMBERED_EXPERTS: &[(&str, &str)] =
     &[(".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj.")];
@@ -30,10 +33,16 @@ impl Weights {
     /// Replaces `from` by `to` wherever it stands in a name.
     pub fn rename(&mut self, pairs: &[(&str, &str)]) {
         let Source::Files(tensors) = &mut self.source else { return };
+        // Of all pairs: what stands in a place under one of the names may be missing there under another.
+        let place = |name: &String| pairs.iter().find_map(|(from, _)| Some(name[..name.find(from)?].to_owned()));
+        let places: HashSet<String> = tensors.keys().filter_map(place).collect();
         for (from, to) in pairs {
+            if !tensors.keys().any(|name| name.contains(from)) {
+                continue;
+            }
             let all = std::mem::take(tensors);
             tensors.extend(all.into_iter().map(|(name, tensor)| (name.replace(from, to), tensor)));
-            self.renamed.push(((*from).to_owned(), (*to).to_owned()));
+            self.renamed.push(Renamed { from: (*from).to_owned(), to: (*to).to_owned(), places: Some(places.clone()) });
         }
     }
 
@@ -42,16 +51,18 @@ impl Weights {
     pub fn text_part(&mut self, prefixes: &[&str]) {
         self.leave_out(prefixes);
         let Source::Files(tensors) = &mut self.source else { return };
-        for (from, to) in WRAPPED {
-            if !tensors.keys().any(|name| name.starts_with(from)) {
-                continue;
-            }
+        let has = |prefix: &str| tensors.keys().any(|name| name.starts_with(prefix));
+        // Of two names in one wrapper, one may be missing.
+        let present: Vec<_> =
+            WRAPPED.iter().filter(|(from, _)| has(from) || from.starts_with(OUTER) && has(OUTER)).collect();
+        for (from, to) in present {
             let all = std::mem::take(tensors);
             tensors.extend(all.into_iter().map(|(name, tensor)| match name.strip_prefix(from) {
                 Some(rest) => (format!("{to}{rest}"), tensor),
                 None => (name, tensor),
             }));
-            self.renamed.push(((*from).to_owned(), (*to).to_owned()));
+            let places = Some([String::new()].into());
+            self.renamed.push(Renamed { from: (*from).to_owned(), to: (*to).to_owned(), places });
         }
     }
 
@@ -74,9 +85,11 @@ impl Weights {
 
     /// The name a graph asks for, as the checkpoint would have it.
     pub(super) fn published(&self, name: &str) -> String {
-        self.renamed.iter().rev().fold(name.to_owned(), |name, (from, to)| match name.contains(to.as_str()) {
-            true => name.replacen(to, from, 1),
-            false => name,
+        self.renamed.iter().rev().fold(name.to_owned(), |name, Renamed { from, to, places }| match name.find(to) {
+            Some(at) if places.as_ref().is_none_or(|places| places.contains(&name[..at])) => {
+                format!("{}{from}{}", &name[..at], &name[at + to.len()..])
+            }
+            _ => name,
         })
     }
 
@@ -87,62 +100,90 @@ impl Weights {
         }
     }
 
-    /// Splits the matrix `name`, with all that belongs to it, into consecutive rows under other names. Does nothing if
-    /// the matrix is not there, and leaves a wrong number of rows to those who take the parts.
-    pub fn split_rows(&mut self, name: &str, parts: &[(&str, i32)]) -> Result<(), GraphError> {
-        self.parts_of(name, |array, axis| {
+    /// Splits the matrix `name` of `inner` columns, with all that belongs to it, into consecutive rows under other names.
+    /// Does nothing where the parts stand there already.
+    pub fn split_rows(&mut self, name: &str, inner: i32, parts: &[(&str, i32)]) -> Result<(), GraphError> {
+        let total: i32 = parts.iter().map(|(_, rows)| rows).sum();
+        let split = parts.iter().all(|(to, _)| self.has(&format!("{to}.weight")));
+        if !split && self.tensors().is_some() && !self.has(&format!("{name}.weight")) {
+            let name = self.published(&format!("{name}.weight"));
+            return Err(GraphError::Weights(format!("tensor `{name}` of shape {:?} is missing", [total, inner])));
+        }
+        self.parts_of(name, total, |array, axis| {
             let mut start = 0;
             let mut split = Vec::new();
             for (to, rows) in parts {
-                let stop = (start + rows).min(array.dim(axis));
-                split.push(((*to).to_owned(), rows_of(array, axis, start, stop)?));
-                start = stop;
+                split.push(((*to).to_owned(), rows_of(array, axis, start, start + rows)?));
+                start += rows;
             }
             Ok(split)
         })
     }
 
-    /// Splits a matrix whose rows alternate between `even` and `odd`.
-    pub fn split_alternating_rows(&mut self, name: &str, even: &str, odd: &str) -> Result<(), GraphError> {
-        self.parts_of(name, |array, axis| {
-            let rows = array.dim(axis);
+    /// Splits a matrix whose rows alternate between `even` and `odd`, of `rows` each.
+    pub fn split_alternating_rows(&mut self, name: &str, rows: i32, even: &str, odd: &str) -> Result<(), GraphError> {
+        self.parts_of(name, 2 * rows, |array, axis| {
             let every_other = |first: i32| -> Result<Array, GraphError> {
-                let picked: Vec<i32> = (first..rows).step_by(2).collect();
-                let picked = Array::from_slice(&picked, &[picked.len() as i32]);
-                Ok(indexing::take_axis(array, &picked, axis)?)
+                let picked: Vec<i32> = (0..rows).map(|row| 2 * row + first).collect();
+                Ok(indexing::take_axis(array, Array::from_slice(&picked, &[rows]), axis)?)
             };
             Ok(vec![(even.to_owned(), every_other(0)?), (odd.to_owned(), every_other(1)?)])
         })
     }
 
-    /// Puts the rows of a matrix in another order: row `i` becomes what `order[i]` was.
+    /// Puts the rows of a matrix in another order: row `i` becomes what `order[i]` was. Does nothing where there is no
+    /// such matrix.
     pub fn reorder_rows(&mut self, name: &str, order: &[i32]) -> Result<(), GraphError> {
-        self.parts_of(name, |array, axis| {
-            let order = Array::from_slice(order, &[order.len() as i32]);
+        let rows = order.len() as i32;
+        self.parts_of(name, rows, |array, axis| {
+            let order = Array::from_slice(order, &[rows]);
             Ok(vec![(name.to_owned(), indexing::take_axis(array, &order, axis)?)])
         })
     }
 
-    /// Replaces each part of the matrix `name` by what `change` makes of it, along the axis that counts rows.
+    /// Replaces each part of the matrix `name`, which has so many rows, by what `change` makes of it, along the axis that
+    /// counts rows.
     fn parts_of(
         &mut self,
         name: &str,
+        rows: i32,
         change: impl Fn(&Array, i32) -> Result<Vec<(String, Array)>, GraphError>,
     ) -> Result<(), GraphError> {
         let Some(tensors) = self.tensors() else { return Ok(()) };
+        let mut renamed = Vec::new();
         for part in PARTS {
             let Some(tensor) = tensors.remove(&format!("{name}.{part}")) else { continue };
             let axis = tensor.array.ndim() as i32 - if part == "bias" { 1 } else { 2 };
+            if axis < 0 || tensor.array.dim(axis) != rows {
+                let (name, shape) = (&tensor.published, tensor.array.shape());
+                return Err(GraphError::Weights(format!("tensor `{name}` has shape {shape:?}, not {rows} rows")));
+            }
             for (to, array) in change(&tensor.array, axis)? {
+                if to != name {
+                    renamed.push(Renamed { from: name.to_owned(), to: to.clone(), places: None });
+                }
                 tensors.insert(format!("{to}.{part}"), Tensor { array, published: tensor.published.clone() });
             }
         }
+        self.renamed.extend(renamed);
         Ok(())
     }
 
     /// Experts in MXFP4 as published: `{name}_blocks` of `[experts, out, in / 32, 16]` bytes with `{name}_scales` and
     /// `{name}_bias`, which become `{name}.weight`, `.scales` and `.bias`. Does nothing where they are not.
     pub fn unpack_mxfp4_blocks(&mut self, name: &str) -> Result<(), GraphError> {
+        let published = |part| self.published(&format!("{name}_{part}"));
+        let missing = match (self.shape(&format!("{name}_blocks")), self.shape(&format!("{name}_scales"))) {
+            (None, None) => return Ok(()),
+            (Some([experts, out, groups, _]), None) => Some((published("scales"), vec![*experts, *out, *groups])),
+            (None, Some(scales)) => Some((published("blocks"), [scales, &[16]].concat())),
+            _ => None,
+        };
+        if let Some((name, shape)) = missing {
+            return Err(GraphError::Weights(format!("tensor `{name}` of shape {shape:?} is missing")));
+        }
+        let (from, to) = (format!("{name}_bias"), format!("{name}.bias"));
+        self.renamed.push(Renamed { from, to, places: None });
         let Some(tensors) = self.tensors() else { return Ok(()) };
         for (from, to) in [("_blocks", ".weight"), ("_scales", ".scales"), ("_bias", ".bias")] {
             let Some(Tensor { array, published }) = tensors.remove(&format!("{name}{from}")) else { continue };
@@ -189,6 +230,14 @@ impl Weights {
         codes.array = ffi::from_fp8(&codes.array, Dtype::Float32)?.multiply(spread)?.as_dtype(dtype)?;
         Ok(())
     }
+}
+
+/// What was replaced in names, to tell the checkpoint's own in errors.
+pub(super) struct Renamed {
+    from: String,
+    to: String,
+    /// What stood before it; `None` where `from` is a whole name.
+    places: Option<HashSet<String>>,
 }
 
 fn rows_of(array: &Array, axis: i32, start: i32, stop: i32) -> Result<Array, GraphError> {

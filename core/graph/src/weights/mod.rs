@@ -58,7 +58,7 @@ pub struct Weights {
     placement: Placement,
     taken: Vec<Array>,
     /// What was replaced by what in names, in order.
-    renamed: Vec<(String, String)>,
+    renamed: Vec<layout::Renamed>,
 }
 
 /// A tensor, and what its file calls it.

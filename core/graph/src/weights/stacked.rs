@@ -23,22 +23,34 @@ impl Weights {
     ) -> Result<Matrix, GraphError> {
         let stacked = format!("{name}.switch_mlp.{part}");
         let single = |expert: i32| format!("{name}.experts.{expert}.{part}");
-        if !self.has(&format!("{stacked}.weight")) && matches!(self.source, Source::Files(_)) {
+        let separate = match &self.source {
+            Source::Files(tensors) => {
+                let prefix = format!("{name}.experts.");
+                !self.has(&format!("{stacked}.weight")) && tensors.keys().any(|name| name.starts_with(&prefix))
+            }
+            Source::Random { .. } => false,
+        };
+        if separate {
             for expert in 0..count {
                 self.unpack_fp8(&single(expert))?;
             }
             for kind in ["weight", "scales", "biases"] {
-                self.stack(&format!("{stacked}.{kind}"), kind == "weight", count, |expert| {
-                    format!("{}.{kind}", single(expert))
-                })?;
+                let shape = (kind == "weight").then_some([out, inner]);
+                self.stack(&format!("{stacked}.{kind}"), shape, count, |expert| format!("{}.{kind}", single(expert)))?;
             }
         }
         self.take_stack(&stacked, count, out, inner)
     }
 
-    fn stack(&mut self, to: &str, required: bool, count: i32, name: impl Fn(i32) -> String) -> Result<(), GraphError> {
+    fn stack(
+        &mut self,
+        to: &str,
+        required: Option<[i32; 2]>,
+        count: i32,
+        name: impl Fn(i32) -> String,
+    ) -> Result<(), GraphError> {
         let Source::Files(tensors) = &mut self.source else { return Ok(()) };
-        if !required && !tensors.contains_key(&name(0)) {
+        if required.is_none() && !tensors.contains_key(&name(0)) {
             return Ok(());
         }
         let mut found: Vec<Tensor> = Vec::new();
@@ -47,7 +59,8 @@ impl Weights {
                 Some(tensor) => found.push(tensor),
                 None => {
                     let name = self.published(&name(expert));
-                    return Err(GraphError::Weights(format!("tensor `{name}` is missing")));
+                    let shape = required.map_or(String::new(), |shape| format!(" of shape {shape:?}"));
+                    return Err(GraphError::Weights(format!("tensor `{name}`{shape} is missing")));
                 }
             }
         }
