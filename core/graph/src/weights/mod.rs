@@ -284,3 +284,6 @@ pub enum Matrix {
 fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::Float16 | Dtype::Bfloat16 | Dtype::Float32 | Dtype::Float64)
 }
+
+#[cfg(test)]
+mod tests;
