@@ -6,10 +6,11 @@ use conformance::{engine, shared::shared};
 use futures::StreamExt;
 use mesh_backend_mlx as _;
 use mesh_core::{
-    EngineError, EngineHandle, EngineState, InferenceBackend, LoadError, LoadPlan, ModelProfile, ProgressSink, Prompt,
-    Sampling, SubmitError, Verdict, WeightFormat, registry,
+    DeviceKind, EngineError, EngineHandle, EngineState, Fact, InferenceBackend, LoadError, LoadPlan, ModelProfile,
+    ProgressSink, Prompt, Quantization, Sampling, Source, SubmitError, Verdict, WeightFormat, registry,
 };
 use mesh_families as _;
+use mesh_graph::{Placement, Rows, Weights, ffi, graph_families};
 use mesh_models::{Artifact, probe};
 use mlx_rs::{Array, Dtype};
 use serde_json::{Value, json};
@@ -80,7 +81,22 @@ async fn keeps_the_contract() {
 
 #[tokio::test]
 async fn generates_what_the_goldens_say() {
-    for name in ["llama", "qwen2", "qwen3", "llama-q4", "mistral_window"] {
+    // What is known of a prompt that leaves it half-way; states of recurrences and convolutions do not go back.
+    let goldens = [
+        ("llama", 13),
+        ("qwen2", 13),
+        ("qwen3", 13),
+        ("llama-q4", 13),
+        ("mistral_window", 13),
+        ("gemma3_text", 13),
+        ("gemma4_e", 13),
+        ("gpt_oss", 13),
+        ("deepseek_v3", 13),
+        ("qwen3_next", 0),
+        ("kimi_linear", 0),
+        ("lfm2", 0),
+    ];
+    for (name, known) in goldens {
         let Some(root) = shared("generates_what_the_goldens_say", &format!("golden/{name}")) else { return };
         let (prompt, greedy) = reference(&root);
         for chunk in [2048, 5, 1] {
@@ -99,10 +115,54 @@ async fn generates_what_the_goldens_say() {
             let again =
                 engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
             assert_eq!(again.tokens, greedy, "{name} from a known prefix");
-            assert_eq!(again.usage.cached_tokens, 13);
+            assert_eq!(again.usage.cached_tokens, known, "{name}");
+            // A conversation that goes on is known whole, whatever the cache.
+            let held = [&prompt[..], &greedy[..15]].concat();
+            let next = [&held[..], &[7, 8, 9]].concat();
+            let more = engine::run(&*engine, engine::job(Prompt::Tokens(next), 2)).await.expect("an answer");
+            assert_eq!(more.usage.cached_tokens as usize, held.len(), "{name}");
             engine.drain(Duration::from_secs(5)).await;
         }
     }
+}
+
+/// Phi 3 encodes sequences beyond its original length differently from the first token on: a generation that crosses it
+/// goes on as if it had known.
+#[tokio::test]
+async fn a_sequence_that_outgrows_its_rotation_is_computed_anew() {
+    let Some(root) = shared("a_sequence_that_outgrows_its_rotation", "golden/phi3_longrope") else { return };
+    let mut profile = profile(&root);
+    // As the original length gives it; only the limit is to change.
+    let stretch = 131_072.0_f64 / 4096.0;
+    profile.config["rope_scaling"]["attention_factor"] = json!((1.0 + stretch.ln() / 4096.0_f64.ln()).sqrt());
+    profile.config["original_max_position_embeddings"] = json!(30);
+    let (prompt, short) = reference(&root);
+    let expected = {
+        ffi::use_device(DeviceKind::Cpu);
+        let placement = Placement::cpu(false);
+        let mut weights = Weights::open(&profile.weights, &profile.config, placement).expect("weights");
+        let family = graph_families().expect("unique").get("phi3").expect("linked");
+        let model = family.graph(&profile.config, &mut weights).expect("a graph");
+        let mut tokens = prompt.clone();
+        for _ in 0..16 {
+            // Every step from the first token.
+            let row = Array::from_slice(&tokens, &[1, tokens.len() as i32]);
+            let logits = model.forward(&row, &mut model.new_cache(), Rows::Last).expect("logits");
+            let next = mlx_rs::ops::indexing::argmax_axis(&logits, -1, false).expect("a token");
+            tokens.push(next.try_item_exact::<u32>().expect("a token"));
+        }
+        tokens.split_off(prompt.len())
+    };
+    assert_ne!(expected, short, "the limit shows");
+    assert_eq!(expected[..6], short[..6], "and not before it is reached");
+    let engine = backend().load(plan(profile, cpu()), ProgressSink::silent()).await.expect("loaded");
+    for _ in 0..2 {
+        let answer = engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
+        assert_eq!(answer.tokens, expected);
+    }
+    let long = [&prompt[..], &expected[..10]].concat();
+    let answer = engine::run(&*engine, engine::job(Prompt::Tokens(long), 6)).await.expect("an answer");
+    assert_eq!(answer.tokens, expected[10..], "from a prompt beyond the limit");
 }
 
 #[tokio::test]
@@ -167,7 +227,7 @@ async fn bad_checkpoints_are_errors() {
         }
     };
     let missing = refused(|profile| profile.config["num_hidden_layers"] = json!(4)).await;
-    assert!(missing.contains("`model.layers.3.input_layernorm.weight` of shape [64] is missing"), "{missing}");
+    assert!(missing.contains("`model.layers.3.self_attn.q_proj.weight` of shape [64, 64] is missing"), "{missing}");
     let left = refused(|profile| profile.config["num_hidden_layers"] = json!(2)).await;
     assert!(left.contains("does not use") && left.contains("`model.layers.2.mlp.down_proj.weight`"), "{left}");
     let shape = refused(|profile| profile.config["intermediate_size"] = json!(130)).await;
@@ -188,6 +248,22 @@ fn judges_without_a_device() {
     let Verdict::Serve(offer) = judged(&profile(&root.join("llama"))) else { panic!("served") };
     assert!(offer.reasons.iter().any(|reason| reason.text.contains("slow")), "{:?}", offer.reasons);
     type Change = fn(&mut ModelProfile);
+    let fp8 = |profile: &mut ModelProfile| {
+        let fp8 = json!({ "quant_method": "fp8", "weight_block_size": [128, 128] });
+        profile.quantization = Some(Fact::new(
+            Quantization { mode: "fp8".into(), bits: None, group_size: None },
+            Source::file("config.json"),
+        ));
+        profile.config["quantization_config"] = fp8;
+    };
+    let mut unpacked = profile(&root.join("llama"));
+    fp8(&mut unpacked);
+    let Verdict::Serve(offer) = judged(&unpacked) else { panic!("served") };
+    assert!(
+        offer.reasons.iter().any(|reason| reason.text.contains("8-bit floats are unpacked")),
+        "{:?}",
+        offer.reasons
+    );
     let refusals: [(Change, &str); 4] = [
         (|profile| profile.model_type.as_mut().expect("a type").value = "foo".into(), "`model_type` `foo`"),
         (|profile| profile.config["rope_scaling"]["rope_type"] = json!("bar"), "`rope_type` `bar`"),

@@ -98,6 +98,13 @@ pub struct Residency {
 /// twice as fast in decode and ten times in prefill, at the cost of memory. So small models are unpacked there.
 pub fn residency(profile: &ModelProfile, device: &Device) -> Residency {
     let stored = profile.weight_bytes.value;
+    if profile.quantization.as_ref().is_some_and(|fact| fact.value.mode == "fp8") {
+        // One byte each becomes two, or on a CPU four.
+        let (floats, factor) = if device.kind == DeviceKind::Cpu { ("f32", 4) } else { ("bf16", 2) };
+        let bytes = stored.saturating_mul(factor);
+        let reason = format!("8-bit floats are unpacked to {floats}, up to {} MiB", mib(bytes));
+        return Residency { dequantize: false, bytes, reason };
+    }
     if device.kind != DeviceKind::Cpu {
         return Residency {
             dequantize: false,

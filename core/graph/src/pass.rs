@@ -142,6 +142,8 @@ impl Pass {
         if let Some(cap) = how.softcap {
             return self.attend_capped(q, k, v, how.scale, cap, how.window);
         }
+        let sinks = how.sinks.map(|sinks| sinks.as_dtype(q.dtype())).transpose()?;
+        let how = Attend { sinks: sinks.as_ref(), ..*how };
         match &seen {
             Seen::All => fast::scaled_dot_product_attention(q, k, v, how.scale, None, how.sinks),
             Seen::Causal => fast::scaled_dot_product_attention(q, k, v, how.scale, Mask::Causal, how.sinks),
