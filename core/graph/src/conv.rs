@@ -1,13 +1,17 @@
 //! The short causal convolution along time, one filter a channel.
 
-use mlx_rs::{Array, error::Exception, ops};
+use mlx_rs::{
+    Array, Dtype,
+    error::Exception,
+    ops::{self, indexing},
+};
 
 use crate::{ffi, model::GraphError, pass::Pass, weights::Weights};
 
 /// Each channel of a position is a weighted sum of itself and the positions just before.
 #[derive(Debug)]
 pub struct ShortConv {
-    /// `[kernel, channels]`; the last row is the present's.
+    /// `[kernel, channels]`, f32; the last row is the present's.
     taps: Array,
     bias: Option<Array>,
 }
@@ -24,8 +28,9 @@ impl ShortConv {
             true => weights.take(&weight, &[channels, 1, kernel])?.squeeze_axes(&[1])?,
             false => weights.take(&weight, &[channels, kernel, 1])?.squeeze_axes(&[2])?,
         };
+        let taps = taps.as_dtype(Dtype::Float32)?.t();
         let bias = if bias { Some(weights.take(&format!("{name}.bias"), &[channels])?) } else { None };
-        Ok(Self { taps: taps.t(), bias })
+        Ok(Self { taps, bias })
     }
 
     /// Whether the filters at `name` have the layout of published checkpoints, rather than mlx-lm's.
@@ -42,9 +47,13 @@ impl ShortConv {
             Some(state) => state,
             None => ops::zeros_dtype(&[batch, kernel - 1, channels], x.dtype())?,
         };
+        let dtype = x.dtype();
         let all = ops::concatenate(&[before, x], 1)?;
-        // A copy: a view would keep the whole chunk in memory.
-        *state = Some(ffi::slice(&all, [0, time, 0], [batch, time + kernel - 1, channels])?.contiguous()?);
+        // Picked, because a slice would keep the whole chunk in memory.
+        let last = ops::arange::<_, i32>(time, time + kernel - 1, None)?;
+        *state = Some(indexing::take_axis(&all, &last, 1)?);
+        // Sums are made in f32: each would be rounded otherwise.
+        let all = all.as_dtype(Dtype::Float32)?;
         let y = if time == 1 {
             all.multiply(&self.taps)?.sum_axis(1, true)?
         } else {
@@ -56,6 +65,6 @@ impl ShortConv {
             }
             y.ok_or_else(|| Exception::custom("a convolution without taps"))?
         };
-        self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.add(bias))
+        self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.add(bias))?.as_dtype(dtype)
     }
 }

@@ -1,6 +1,6 @@
 //! Linear maps and embeddings, plain or quantized.
 
-use mlx_rs::{Array, error::Exception, ops, ops::indexing};
+use mlx_rs::{Array, Dtype, error::Exception, ops, ops::indexing};
 
 use crate::{
     ffi,
@@ -49,6 +49,14 @@ impl Linear {
             Bias::No => None,
         };
         Ok(Self { weight, bias })
+    }
+
+    /// The same map in f32, where it is not packed. A router's logits are compared with each other: rounded ones choose
+    /// other experts.
+    pub fn in_f32(self) -> Result<Self, Exception> {
+        let LinearWeight::Plain(weight) = &self.weight else { return Ok(self) };
+        let bias = self.bias.as_ref().map(|bias| bias.as_dtype(Dtype::Float32)).transpose()?;
+        Ok(Self { weight: LinearWeight::Plain(weight.as_dtype(Dtype::Float32)?), bias })
     }
 
     /// Maps the last axis of `x` from `inner` to `out`.

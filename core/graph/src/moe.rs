@@ -222,7 +222,7 @@ impl Moe {
     /// Takes the tensors under `{name}.`.
     pub fn new(weights: &mut Weights, name: &str, config: &DecoderConfig, spec: MoeSpec) -> Result<Self, GraphError> {
         let (hidden, experts) = (config.hidden_size, spec.router.experts);
-        let gate = Linear::new(weights, &format!("{name}.{}", spec.gate), experts, hidden, spec.bias)?;
+        let gate = Linear::new(weights, &format!("{name}.{}", spec.gate), experts, hidden, spec.bias)?.in_f32()?;
         let mut of_experts = |part: Option<&str>| match part {
             Some(part) => Ok(Some(weights.take(&format!("{name}.{part}"), &[experts])?.as_dtype(Dtype::Float32)?)),
             None => Ok::<_, GraphError>(None),
@@ -249,7 +249,9 @@ impl Moe {
 
     /// The same, where the router sees something else.
     pub fn forward_routed(&self, x: &Array, seen: &Array) -> Result<Array, Exception> {
-        let (chosen, weights) = self.spec.route(&self.gate.forward(seen)?, self.correction_bias.as_ref())?;
+        // A plain gate is f32, and makes its product so.
+        let logits = self.gate.forward(seen)?;
+        let (chosen, weights) = self.spec.route(&logits, self.correction_bias.as_ref())?;
         let weights = match &self.per_expert_scale {
             Some(scale) => weights.multiply(indexing::take_axis(scale, &chosen, 0)?)?,
             None => weights,

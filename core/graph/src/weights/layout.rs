@@ -125,7 +125,7 @@ impl Weights {
         self.parts_of(name, 2 * rows, |array, axis| {
             let every_other = |first: i32| -> Result<Array, GraphError> {
                 let picked: Vec<i32> = (0..rows).map(|row| 2 * row + first).collect();
-                Ok(indexing::take_axis(array, Array::from_slice(&picked, &[rows]), axis)?)
+                picked_rows(array, &picked, axis)
             };
             Ok(vec![(even.to_owned(), every_other(0)?), (odd.to_owned(), every_other(1)?)])
         })
@@ -135,10 +135,7 @@ impl Weights {
     /// such matrix.
     pub fn reorder_rows(&mut self, name: &str, order: &[i32]) -> Result<(), GraphError> {
         let rows = order.len() as i32;
-        self.parts_of(name, rows, |array, axis| {
-            let order = Array::from_slice(order, &[rows]);
-            Ok(vec![(name.to_owned(), indexing::take_axis(array, &order, axis)?)])
-        })
+        self.parts_of(name, rows, |array, axis| Ok(vec![(name.to_owned(), picked_rows(array, order, axis)?)]))
     }
 
     /// Replaces each part of the matrix `name`, which has so many rows, by what `change` makes of it, along the axis that
@@ -240,13 +237,21 @@ pub(super) struct Renamed {
     places: Option<HashSet<String>>,
 }
 
+fn picked_rows(array: &Array, rows: &[i32], axis: i32) -> Result<Array, GraphError> {
+    let rows = Array::from_slice(rows, &[rows.len() as i32]);
+    Ok(indexing::take_axis(array, &rows, axis)?.contiguous()?)
+}
+
+/// Contiguous, which MLX's CUDA kernels for packed and gathered matrices need and do not see to; of a matrix that is no
+/// stack, consecutive rows are so already and are not copied.
 fn rows_of(array: &Array, axis: i32, start: i32, stop: i32) -> Result<Array, GraphError> {
     let shape = array.shape();
-    Ok(match (shape, axis) {
+    let rows = match (shape, axis) {
         ([_], 0) => ffi::slice(array, [start], [stop])?,
         ([_, b], 0) => ffi::slice(array, [start, 0], [stop, *b])?,
         ([a, _], 1) => ffi::slice(array, [0, start], [*a, stop])?,
         ([a, _, c], 1) => ffi::slice(array, [0, start, 0], [*a, stop, *c])?,
         _ => return Err(GraphError::Weights(format!("a tensor of shape {shape:?} cannot be split by rows"))),
-    })
+    };
+    Ok(rows.contiguous()?)
 }
