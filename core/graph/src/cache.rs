@@ -63,7 +63,7 @@ impl Cache {
         self.length == 0
     }
 
-    /// Says how long the sequence is known to become, in tokens, before its first pass; see [`Pass::horizon`].
+    /// Says how long the sequence is known to become, in tokens, before its first pass; see [`Pass::horizons`].
     pub fn expect(&mut self, length: i32) {
         self.horizon = self.horizon.max(length);
     }

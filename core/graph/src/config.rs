@@ -1,7 +1,7 @@
 //! The settings of config.json that most decoders share, under the checkpoints' own names.
 
 use serde::{Deserialize, de::DeserializeOwned};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{elementwise::Activation, model::GraphError, rope::RopeSpec};
 
@@ -34,8 +34,6 @@ pub struct DecoderConfig {
     use_sliding_window: Option<bool>,
     /// What each layer is, where the config lists it.
     pub layer_types: Option<Vec<String>>,
-    /// Longest context, in tokens.
-    pub max_position_embeddings: Option<u32>,
     /// What stands between the projections of the MLP; some configs say `hidden_activation`.
     pub hidden_act: Activation,
     /// How positions are encoded; read from the several places configs put it.
@@ -50,9 +48,43 @@ pub struct DecoderConfig {
 const NAMES: &[(&str, &[&str])] = &[
     ("rms_norm_eps", &["norm_eps"]),
     ("hidden_act", &["hidden_activation"]),
-    ("intermediate_size", &["block_ff_dim", "moe_intermediate_size"]),
-    ("tie_word_embeddings", &["tie_embedding"]),
+    ("intermediate_size", &["moe_intermediate_size"]),
 ];
+
+/// The most that settings may say whose names end so. Far above every published model, and low enough that no product of
+/// a few of them leaves 32 bits.
+const BOUNDS: &[(&str, i64)] = &[
+    ("vocab_size", 1 << 24),
+    ("vocab_size_per_layer_input", 1 << 24),
+    ("_layers", 1 << 12),
+    ("_heads", 1 << 12),
+    ("_experts", 1 << 12),
+    ("_group", 1 << 12),
+    ("_groups", 1 << 12),
+    ("_per_tok", 1 << 12),
+    ("_per_token", 1 << 12),
+    ("_dim", 1 << 14),
+    ("_rank", 1 << 14),
+    ("_kernel_size", 1 << 10),
+    ("conv_L_cache", 1 << 10),
+    ("_size", 1 << 20),
+    ("_of", 1 << 20),
+];
+
+/// Names a size that no model has; also in objects within.
+fn check_bounds(settings: &Value) -> Result<(), GraphError> {
+    let Some(settings) = settings.as_object() else { return Ok(()) };
+    for (name, value) in settings {
+        let bound = BOUNDS.iter().find(|(ending, _)| name.ends_with(ending));
+        if let (Some((_, most)), Some(number)) = (bound, value.as_f64())
+            && (number < 0.0 || number > *most as f64)
+        {
+            return Err(GraphError::Config(format!("`{name}` is {value}, where 0 to {most} are supported")));
+        }
+        check_bounds(value)?;
+    }
+    Ok(())
+}
 
 impl DecoderConfig {
     /// Reads config.json, or its `text_config` where there is one.
@@ -66,6 +98,8 @@ impl DecoderConfig {
         let config = text_config(config);
         let mut settings = config.clone();
         if let Some(settings) = settings.as_object_mut() {
+            // What is null has its default.
+            settings.retain(|_, value| !value.is_null());
             let given = |key: &str| config.get(key).filter(|value| !value.is_null());
             for (name, others) in NAMES {
                 if given(name).is_none()
@@ -85,6 +119,13 @@ impl DecoderConfig {
                 }
             }
         }
+        check_bounds(&settings)?;
+        if let Some(other) = settings.get("use_bidirectional_attention").filter(|value| **value != json!("vision"))
+            && *other != Value::Bool(false)
+        {
+            let what = format!("`use_bidirectional_attention` {other} is not supported");
+            return Err(GraphError::Config(what));
+        }
         let act = &settings["hidden_act"];
         if Activation::deserialize(act).is_err() {
             let act = act.as_str().map_or_else(|| act.to_string(), str::to_owned);
@@ -103,6 +144,9 @@ impl DecoderConfig {
             if value <= 0 {
                 return Err(GraphError::Config(format!("`{name}` is {value}")));
             }
+        }
+        if !this.rms_norm_eps.is_finite() || this.rms_norm_eps < 0.0 {
+            return Err(GraphError::Config(format!("`rms_norm_eps` is {}", this.rms_norm_eps)));
         }
         if this.num_attention_heads % this.kv_heads() != 0 {
             return Err(GraphError::Config(format!(
@@ -162,6 +206,15 @@ impl DecoderConfig {
     /// Whether every layer has an answer to [`layer_window`](Self::layer_window).
     pub fn check_layer_windows(&self) -> Result<(), GraphError> {
         (0..self.num_hidden_layers).try_for_each(|index| self.layer_window(index).map(drop))
+    }
+
+    /// The attention scale that Gemma's configs give as `query_pre_attn_scalar`.
+    pub fn pre_attn_scale(&self) -> Result<f32, GraphError> {
+        let scalar = &self.settings["query_pre_attn_scalar"];
+        match scalar.as_f64().filter(|scalar| scalar.is_finite() && *scalar > 0.0) {
+            Some(scalar) => Ok(1.0 / (scalar as f32).sqrt()),
+            None => Err(GraphError::Config(format!("`query_pre_attn_scalar` is {scalar}"))),
+        }
     }
 
     /// The layer whose keys and values each layer reads, where the last `shared` layers read those of the last layer of

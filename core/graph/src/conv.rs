@@ -25,11 +25,11 @@ impl ShortConv {
         }
         let weight = format!("{name}.weight");
         let taps = match Self::is_published(weights, name) {
-            true => weights.take(&weight, &[channels, 1, kernel])?.squeeze_axes(&[1])?,
-            false => weights.take(&weight, &[channels, kernel, 1])?.squeeze_axes(&[2])?,
+            true => weights.take_f32(&weight, &[channels, 1, kernel])?.squeeze_axes(&[1])?,
+            false => weights.take_f32(&weight, &[channels, kernel, 1])?.squeeze_axes(&[2])?,
         };
-        let taps = taps.as_dtype(Dtype::Float32)?.t();
-        let bias = if bias { Some(weights.take(&format!("{name}.bias"), &[channels])?) } else { None };
+        let taps = taps.t();
+        let bias = if bias { Some(weights.take_f32(&format!("{name}.bias"), &[channels])?) } else { None };
         Ok(Self { taps, bias })
     }
 
@@ -38,7 +38,7 @@ impl ShortConv {
         weights.shape(&format!("{name}.weight")).is_none_or(|shape| shape.last() != Some(&1))
     }
 
-    /// `[batch, time, channels]` to the same. `state` holds the inputs just before, `[batch, kernel − 1, channels]`.
+    /// `[batch, time, channels]` to the same, in f32. `state` holds the inputs just before, `[batch, kernel − 1, channels]`.
     pub fn forward(&self, x: &Array, state: &mut Option<Array>, pass: &Pass) -> Result<Array, Exception> {
         let x = pass.without_padding(x)?;
         let (batch, time, channels) = (x.dim(0), x.dim(1), x.dim(2));
@@ -47,12 +47,11 @@ impl ShortConv {
             Some(state) => state,
             None => ops::zeros_dtype(&[batch, kernel - 1, channels], x.dtype())?,
         };
-        let dtype = x.dtype();
         let all = ops::concatenate(&[before, x], 1)?;
         // Picked, because a slice would keep the whole chunk in memory.
         let last = ops::arange::<_, i32>(time, time + kernel - 1, None)?;
         *state = Some(indexing::take_axis(&all, &last, 1)?);
-        // Sums are made in f32: each would be rounded otherwise.
+        // Each sum would be rounded otherwise.
         let all = all.as_dtype(Dtype::Float32)?;
         let y = if time == 1 {
             all.multiply(&self.taps)?.sum_axis(1, true)?
@@ -65,6 +64,6 @@ impl ShortConv {
             }
             y.ok_or_else(|| Exception::custom("a convolution without taps"))?
         };
-        self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.add(bias))?.as_dtype(dtype)
+        self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.add(bias))
     }
 }

@@ -69,6 +69,10 @@ impl Mixer for LatentAttention {
     fn keeps(&self) -> CacheKind {
         CacheKind::Full
     }
+
+    fn length_limit(&self) -> Option<i32> {
+        Self::length_limit(self)
+    }
 }
 
 impl Mixer for GatedDeltaNet {
@@ -91,11 +95,17 @@ pub enum FeedForward {
 }
 
 impl FeedForward {
-    /// `[batch, time, hidden]` to the same.
-    pub fn forward(&self, x: &Array) -> Result<Array, Exception> {
-        match self {
-            Self::Mlp(mlp) => mlp.forward(x),
-            Self::Moe(moe) => moe.forward(x),
+    /// `[batch, time, hidden]`, through `norm` where there is one, to the same. A router sees what the norm gives before
+    /// that is rounded.
+    fn forward(&self, x: &Array, norm: Option<&RmsNorm>) -> Result<Array, Exception> {
+        match (self, norm) {
+            (Self::Mlp(mlp), Some(norm)) => mlp.forward(&norm.forward(x)?),
+            (Self::Moe(moe), Some(norm)) => {
+                let wide = norm.forward_wide(x)?;
+                moe.forward_routed(&wide.as_dtype(norm.weight().dtype())?, &wide)
+            }
+            (Self::Mlp(mlp), None) => mlp.forward(x),
+            (Self::Moe(moe), None) => moe.forward(x),
         }
     }
 }
@@ -157,6 +167,7 @@ pub struct Layer {
     mlp: FeedForward,
     after_mlp: Option<RmsNorm>,
     residual_multiplier: f32,
+    clipped: bool,
     /// For one token on CUDA, where the kernels support the layer.
     fused: Option<FusedLayer>,
 }
@@ -190,19 +201,43 @@ impl Layer {
             _ => None,
         };
         let mixer = Box::new(mixer);
-        Ok(Self { before_mixer, mixer, after_mixer, before_mlp, mlp, after_mlp, residual_multiplier: 1.0, fused })
+        let (residual_multiplier, clipped) = (1.0, false);
+        Ok(Self { before_mixer, mixer, after_mixer, before_mlp, mlp, after_mlp, residual_multiplier, clipped, fused })
     }
 
-    /// A layer with norms before its parts, attention and one MLP, as config.json describes them.
+    /// A layer of attention at `{name}.self_attn` and what has been taken at `{name}.mlp`.
+    pub fn attending(
+        weights: &mut Weights,
+        name: &str,
+        config: &DecoderConfig,
+        norms: NormNames,
+        attention: AttentionSpec,
+        mlp: impl Into<FeedForward>,
+    ) -> Result<Self, GraphError> {
+        let attention = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
+        Self::new(weights, name, config, norms, attention, mlp)
+    }
+
+    /// A layer of attention and one MLP, as config.json describes them.
+    pub fn dense(
+        weights: &mut Weights,
+        name: &str,
+        config: &DecoderConfig,
+        norms: NormNames,
+        attention: AttentionSpec,
+    ) -> Result<Self, GraphError> {
+        let mlp = Mlp::new(weights, &format!("{name}.mlp"), config)?;
+        Self::attending(weights, name, config, norms, attention, mlp)
+    }
+
+    /// The same with norms before both parts.
     pub fn plain(
         weights: &mut Weights,
         name: &str,
         config: &DecoderConfig,
         attention: AttentionSpec,
     ) -> Result<Self, GraphError> {
-        let attention = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
-        let mlp = Mlp::new(weights, &format!("{name}.mlp"), config)?;
-        Self::new(weights, name, config, NormNames::PRE, attention, mlp)
+        Self::dense(weights, name, config, NormNames::PRE, attention)
     }
 
     /// The same, with what each part adds multiplied.
@@ -210,14 +245,24 @@ impl Layer {
         Self { residual_multiplier, fused: self.fused.filter(|_| residual_multiplier == 1.0), ..self }
     }
 
+    /// The same, with the stream held within the range of f16 where it is f16: models trained in bf16 may leave it.
+    pub fn with_clipped_stream(self) -> Self {
+        Self { clipped: true, ..self }
+    }
+
+    fn add(&self, x: &Array, y: &Array) -> Result<Array, Exception> {
+        let y = scale(y, self.residual_multiplier)?;
+        if self.clipped { add_clipped(x, &y) } else { x.add(y) }
+    }
+
     fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
         if let (Some(fused), Some(attention), true) = (&self.fused, self.mixer.as_attention(), pass.is_single()) {
             return fused.forward(x, attention, cache, pass);
         }
         let mixed = self.mixer.forward(&normed(&self.before_mixer, x)?, cache, pass)?;
-        let x = add(x, &scale(&normed(&self.after_mixer, &mixed)?, self.residual_multiplier)?)?;
-        let fed = self.mlp.forward(&normed(&self.before_mlp, &x)?)?;
-        add(&x, &scale(&normed(&self.after_mlp, &fed)?, self.residual_multiplier)?)
+        let x = self.add(x, &normed(&self.after_mixer, &mixed)?)?;
+        let fed = self.mlp.forward(&x, self.before_mlp.as_ref())?;
+        self.add(&x, &normed(&self.after_mlp, &fed)?)
     }
 }
 
@@ -225,9 +270,8 @@ fn normed(norm: &Option<RmsNorm>, x: &Array) -> Result<Array, Exception> {
     norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
 }
 
-/// `x + y`. In f16 the stream of models trained in bf16 may leave its range: it is held at its end rather than becoming
-/// infinite.
-pub fn add(x: &Array, y: &Array) -> Result<Array, Exception> {
+/// `x + y`, in f16 held at the end of the range rather than becoming infinite.
+pub fn add_clipped(x: &Array, y: &Array) -> Result<Array, Exception> {
     if x.dtype() != Dtype::Float16 {
         return x.add(y);
     }
@@ -249,6 +293,10 @@ pub struct Frame {
     pub logits_scaling: f32,
     /// `cap · tanh(logit / cap)`, where capped.
     pub final_logit_softcapping: Option<f32>,
+    /// Whether the residual stream is f32, whatever the weights are. [`Decoder`] makes it so where a layer has experts: a
+    /// stream that is rounded twice a layer sends tokens to other experts than the model's own, and each time that moves
+    /// its logits by units.
+    pub wide_stream: bool,
 }
 
 impl Default for Frame {
@@ -259,7 +307,16 @@ impl Default for Frame {
             stored: NormWeight::Whole,
             logits_scaling: 1.0,
             final_logit_softcapping: None,
+            wide_stream: false,
         }
+    }
+}
+
+impl Frame {
+    /// Gemma's: embeddings times the root of their width.
+    pub fn gemma(config: &DecoderConfig, stored: NormWeight, final_logit_softcapping: Option<f32>) -> Self {
+        let embedding_multiplier = (config.hidden_size as f32).sqrt();
+        Self { embedding_multiplier, stored, final_logit_softcapping, ..Self::default() }
     }
 }
 
@@ -303,13 +360,15 @@ impl Ends {
 
     /// `[batch, time]` to `[batch, time, hidden]`.
     pub fn embed(&self, tokens: &Array) -> Result<Array, Exception> {
-        scale(&self.embed_tokens.forward(tokens)?, self.frame.embedding_multiplier)
+        let x = self.embed_tokens.forward(tokens)?;
+        let x = if self.frame.wide_stream { x.as_dtype(Dtype::Float32)? } else { x };
+        scale(&x, self.frame.embedding_multiplier)
     }
 
     /// `[batch, time, hidden]` to logits.
     pub fn logits(&self, x: Array, rows: Rows, pass: &Pass) -> Result<Array, Exception> {
         if let (Some(head), true) = (&self.fused_head, pass.is_single()) {
-            return head.forward(&x);
+            return head.forward(&x.as_dtype(self.norm.weight().dtype())?);
         }
         let x = match rows {
             Rows::Last if x.dim(1) > 1 => ffi::slice(&x, [0, x.dim(1) - 1, 0], [x.dim(0), x.dim(1), x.dim(2)])?,
@@ -348,10 +407,11 @@ impl Decoder {
         frame: Frame,
         mut layer: impl FnMut(&mut Weights, &str, usize) -> Result<Layer, GraphError>,
     ) -> Result<Self, GraphError> {
-        let ends = Ends::new(weights, config, frame)?;
-        let layers = (0..config.num_hidden_layers)
+        let mut ends = Ends::new(weights, config, frame)?;
+        let layers: Vec<Layer> = (0..config.num_hidden_layers)
             .map(|index| layer(weights, &format!("model.layers.{index}"), index))
             .collect::<Result<_, _>>()?;
+        ends.frame.wide_stream |= layers.iter().any(|layer| matches!(layer.mlp, FeedForward::Moe(_)));
         Ok(Self { ends, layers })
     }
 }

@@ -18,20 +18,26 @@ use crate::{
 /// Its settings, under the checkpoints' names.
 #[derive(Clone, Debug, Deserialize)]
 pub struct DeepseekMoeConfig {
+    #[serde(alias = "num_experts")]
     n_routed_experts: i32,
+    #[serde(alias = "num_experts_per_token")]
     num_experts_per_tok: i32,
     moe_intermediate_size: i32,
-    #[serde(default)]
+    #[serde(alias = "num_shared_experts")]
     n_shared_experts: Option<i32>,
-    #[serde(default)]
+    #[serde(default, alias = "moe_renormalize")]
     norm_topk_prob: bool,
     #[serde(default = "one")]
     routed_scaling_factor: f32,
+    #[serde(alias = "num_expert_group")]
     n_group: Option<i32>,
     topk_group: Option<i32>,
     #[serde(default)]
     first_k_dense_replace: usize,
     moe_layer_freq: Option<usize>,
+    /// `dense` or `sparse` for each layer; in place of the two before.
+    mlp_layer_types: Option<Vec<String>>,
+    #[serde(alias = "moe_router_activation_func")]
     scoring_func: Option<String>,
     topk_method: Option<String>,
 }
@@ -51,7 +57,23 @@ impl DeepseekMoeConfig {
             }
         }
         this.spec()?;
+        (0..config.num_hidden_layers).try_for_each(|index| this.is_sparse(index).map(drop))?;
         Ok(this)
+    }
+
+    fn is_sparse(&self, index: usize) -> Result<bool, GraphError> {
+        let Some(types) = &self.mlp_layer_types else {
+            let step = self.moe_layer_freq.unwrap_or(1).max(1);
+            return Ok(index >= self.first_k_dense_replace && index.is_multiple_of(step));
+        };
+        match types.get(index).map(String::as_str) {
+            Some("sparse") => Ok(true),
+            Some("dense") => Ok(false),
+            other => {
+                let what = format!("`mlp_layer_types` has {other:?} for layer {index}, which is not supported");
+                Err(GraphError::Config(what))
+            }
+        }
     }
 
     fn spec(&self) -> Result<MoeSpec, GraphError> {
@@ -65,9 +87,14 @@ impl DeepseekMoeConfig {
         let shared = self.n_shared_experts.filter(|count| *count > 0);
         Ok(MoeSpec {
             correction_bias: Some("gate.e_score_correction_bias"),
-            shared: shared.map(|count| ("shared_experts", count * self.moe_intermediate_size)),
+            shared: shared.map(|count| ("shared_experts", count.saturating_mul(self.moe_intermediate_size))),
             ..MoeSpec::new(router, self.moe_intermediate_size)
         })
+    }
+
+    /// Leaves out the layer behind the last, which predicts a second token.
+    pub fn leave_out_prediction(weights: &mut Weights, config: &DecoderConfig) {
+        weights.leave_out(&[&format!("model.layers.{}.", config.num_hidden_layers)]);
     }
 
     /// What stands at `{name}` in layer `index`: one MLP, or the mixture.
@@ -103,10 +130,10 @@ impl DeepseekConfig {
         Ok(Self { decoder, attention, moe })
     }
 
-    /// Builds the decoder. The layer behind the last, which predicts a second token, is left out.
+    /// Builds the decoder.
     pub fn decoder(&self, weights: &mut Weights) -> Result<Decoder, GraphError> {
         let config = &self.decoder;
-        weights.leave_out(&[&format!("model.layers.{}.", config.num_hidden_layers)]);
+        DeepseekMoeConfig::leave_out_prediction(weights, config);
         let layer = |weights: &mut Weights, name: &str, index: usize| {
             let attention = LatentAttention::new(weights, &format!("{name}.self_attn"), self.attention.clone())?;
             let mlp = self.moe.feed_forward(weights, &format!("{name}.mlp"), config, index)?;

@@ -96,13 +96,14 @@ impl GatedDeltaNet {
         let mut linear = |part: &str, out, inner| Linear::new(weights, &of(part), out, inner, Bias::No);
         let in_proj_qkv = linear("in_proj_qkv", 2 * keys + values, hidden)?;
         let in_proj_z = linear("in_proj_z", values, hidden)?;
-        let in_proj_b = linear("in_proj_b", heads, hidden)?;
-        let in_proj_a = linear("in_proj_a", heads, hidden)?;
+        // What decays and rates are made of adds up over all steps: in f32, where it is not packed.
+        let in_proj_b = linear("in_proj_b", heads, hidden)?.in_f32()?;
+        let in_proj_a = linear("in_proj_a", heads, hidden)?.in_f32()?;
         let out_proj = linear("out_proj", hidden, values)?;
         let kernel = config.linear_conv_kernel_dim;
         let conv1d = ShortConv::new(weights, &of("conv1d"), 2 * keys + values, kernel, false)?;
-        let rate = weights.take(&of("A_log"), &[heads])?.as_dtype(Dtype::Float32)?.exp()?.negative()?;
-        let dt_bias = weights.take(&of("dt_bias"), &[heads])?.as_dtype(Dtype::Float32)?;
+        let rate = weights.take_f32(&of("A_log"), &[heads])?.exp()?.negative()?;
+        let dt_bias = weights.take_f32(&of("dt_bias"), &[heads])?;
         let norm = RmsNorm::new(weights, &of("norm"), config.linear_value_head_dim, eps)?;
         Ok(Self { config, in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, conv1d, rate, dt_bias, norm, out_proj })
     }
@@ -127,14 +128,14 @@ impl GatedDeltaNet {
             }
         };
         let split = |x: &Array| x.reshape(&[batch, time, value_heads, config.linear_value_head_dim]);
-        let per_head = |x: Array| x.as_dtype(Dtype::Float32)?.reshape(&[batch, time, value_heads, 1]);
+        let per_head = |x: Array| x.reshape(&[batch, time, value_heads, 1]);
         let a = self.in_proj_a.forward(x)?.as_dtype(Dtype::Float32)?.add(&self.dt_bias)?;
         let steps = Steps {
             q: scale(&heads(0)?, 1.0 / (config.linear_key_head_dim as f32).sqrt())?,
             k: heads(keys)?,
             v: split(&last_axis(&mixed, 2 * keys, 2 * keys + values)?)?,
             log_decay: per_head(softplus(&a)?.multiply(&self.rate)?)?,
-            beta: per_head(ops::sigmoid(self.in_proj_b.forward(x)?)?)?,
+            beta: per_head(ops::sigmoid(self.in_proj_b.forward(x)?.as_dtype(Dtype::Float32)?)?)?,
         };
         let out = delta_rule(&steps, state)?.as_dtype(x.dtype())?;
         let gate = silu(&split(&self.in_proj_z.forward(x)?)?.as_dtype(Dtype::Float32)?)?;

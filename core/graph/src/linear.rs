@@ -89,6 +89,8 @@ pub struct Embedding {
     weight: Matrix,
     /// `[hidden, vocab]` view for the head, where the weight is plain.
     transposed: Option<Array>,
+    /// What rows are unpacked to.
+    floats: Option<Dtype>,
 }
 
 impl Embedding {
@@ -99,7 +101,7 @@ impl Embedding {
             Matrix::Plain(weight) => Some(weight.t()),
             Matrix::Packed(_) => None,
         };
-        Ok(Self { weight, transposed })
+        Ok(Self { weight, transposed, floats: weights.placement().floats })
     }
 
     /// The rows of `tokens`: `[batch, time]` to `[batch, time, hidden]`.
@@ -108,12 +110,13 @@ impl Embedding {
             Matrix::Plain(weight) => indexing::take_axis(weight, tokens, 0),
             Matrix::Packed(packed) => {
                 let rows = |array: &Array| indexing::take_axis(array, tokens, 0);
-                ffi::dequantize(&ffi::Packed {
+                let rows = ffi::dequantize(&ffi::Packed {
                     weight: rows(&packed.weight)?,
                     scales: rows(&packed.scales)?,
                     biases: packed.biases.as_ref().map(rows).transpose()?,
                     ..*packed
-                })
+                })?;
+                self.floats.map_or(Ok(rows.clone()), |floats| rows.as_dtype(floats))
             }
         }
     }

@@ -52,6 +52,7 @@ struct LatentConfig {
     qk_nope_head_dim: i32,
     qk_rope_head_dim: i32,
     v_head_dim: i32,
+    rope_interleave: Option<bool>,
 }
 
 impl LatentSpec {
@@ -69,7 +70,8 @@ impl LatentSpec {
         if let Some((name, value)) = sizes.into_iter().find(|(_, value)| *value <= 0) {
             return Err(GraphError::Config(format!("`{name}` is {value}")));
         }
-        let rope = RopeSpec { traditional: true, ..RopeSpec::read(&config.settings, own.qk_rope_head_dim)? };
+        let traditional = own.rope_interleave.unwrap_or(true);
+        let rope = RopeSpec { traditional, ..RopeSpec::read(&config.settings, own.qk_rope_head_dim)? };
         let head = own.qk_nope_head_dim + own.qk_rope_head_dim;
         Ok(Self {
             hidden: config.hidden_size,
@@ -132,7 +134,7 @@ impl LatentAttention {
         } else {
             let whole = match weights.take_matrix(&of("kv_b_proj"), heads * (nope + v), latent)? {
                 Matrix::Plain(whole) => whole,
-                Matrix::Packed(packed) => ffi::dequantize(&packed)?,
+                Matrix::Packed(packed) => weights.dequantized(&packed)?,
             };
             let whole = whole.reshape(&[heads, nope + v, latent])?;
             let keys = ffi::slice(&whole, [0, 0, 0], [heads, nope, latent])?.swap_axes(-1, -2)?;
@@ -187,6 +189,11 @@ impl LatentAttention {
         };
         let out = out.transpose_axes(&[0, 2, 1, 3])?.reshape(&[batch, time, heads * self.spec.v_head_dim])?;
         self.o_proj.forward(&out)
+    }
+
+    /// See [`CausalModel::length_limit`](crate::CausalModel::length_limit).
+    pub(crate) fn length_limit(&self) -> Option<i32> {
+        self.rope.as_ref().and_then(Rope::length_limit)
     }
 
     fn rotate(&self, x: &Array, pass: &Pass) -> Result<Array, Exception> {

@@ -40,6 +40,13 @@ impl Mlp {
         })
     }
 
+    /// Splits `{name}.gate_up_proj`, where a checkpoint has gate and up in one.
+    pub fn split_fused(weights: &mut Weights, name: &str, config: &DecoderConfig) -> Result<(), GraphError> {
+        let [fused, gate, up] = ["gate_up_proj", "gate_proj", "up_proj"].map(|part| format!("{name}.{part}"));
+        let inner = config.intermediate_size;
+        weights.split_rows(&fused, config.hidden_size, &[(&gate, inner), (&up, inner)])
+    }
+
     /// gate, up and down, for kernels that know SwiGLU alone.
     pub(crate) fn swiglu_projections(&self) -> Option<[&Linear; 3]> {
         (self.activation == Activation::Silu).then_some([&self.gate_proj, &self.up_proj, &self.down_proj])

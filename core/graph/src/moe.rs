@@ -8,7 +8,7 @@ use mlx_rs::{
 
 use crate::{
     config::DecoderConfig,
-    elementwise::{Activation, scalar},
+    elementwise::Activation,
     ffi,
     linear::{Bias, Linear},
     mlp::Mlp,
@@ -39,11 +39,14 @@ impl ExpertActivation {
         match self {
             Self::Gated(activation) => activation.forward(gate)?.multiply(up),
             Self::Clipped { limit, alpha } => {
+                // Half floats would be rounded at each of these.
                 let dtype = gate.dtype();
-                let gate = ops::minimum(gate, scalar(limit, dtype)?)?;
-                let up = ops::maximum(ops::minimum(up, scalar(limit, dtype)?)?, scalar(-limit, dtype)?)?;
-                let gated = gate.multiply(ops::sigmoid(gate.multiply(scalar(alpha, dtype)?)?)?)?;
-                up.add(scalar(1.0, dtype)?)?.multiply(gated)
+                let (gate, up) = (gate.as_dtype(Dtype::Float32)?, up.as_dtype(Dtype::Float32)?);
+                let (most, least) = (Array::from_f32(limit), Array::from_f32(-limit));
+                let gate = ops::minimum(gate, &most)?;
+                let up = ops::maximum(ops::minimum(up, &most)?, least)?;
+                let gated = gate.multiply(ops::sigmoid(gate.multiply(Array::from_f32(alpha))?)?)?;
+                up.add(Array::from_f32(1.0))?.multiply(gated)?.as_dtype(dtype)
             }
         }
     }
@@ -59,8 +62,8 @@ pub struct SwitchGlu {
 }
 
 impl SwitchGlu {
-    /// Takes `gate_proj`, `up_proj` and `down_proj` of the experts at `{name}.switch_mlp` or `{name}.experts`, each
-    /// `inner` wide inside.
+    /// Takes `gate_proj`, `up_proj` and `down_proj` of the experts at `{name}.switch_mlp`, or of each at
+    /// `{name}.experts`.
     pub fn new(
         weights: &mut Weights,
         name: &str,
@@ -99,7 +102,8 @@ impl SwitchGlu {
             let shape = [chosen.shape(), &[hidden]].concat();
             indexing::take_axis(&out, &back, 0)?.reshape(&shape)?
         };
-        out.multiply(weights.as_dtype(out.dtype())?.expand_dims(-1)?)?.sum_axis(-2, false)
+        // Weights are f32, and so is the sum.
+        out.multiply(weights.expand_dims(-1)?)?.sum_axis(-2, false)?.as_dtype(x.dtype())
     }
 
     fn experts(&self, x: &Array, chosen: &Array, sorted: bool) -> Result<Array, Exception> {
@@ -224,7 +228,7 @@ impl Moe {
         let (hidden, experts) = (config.hidden_size, spec.router.experts);
         let gate = Linear::new(weights, &format!("{name}.{}", spec.gate), experts, hidden, spec.bias)?.in_f32()?;
         let mut of_experts = |part: Option<&str>| match part {
-            Some(part) => Ok(Some(weights.take(&format!("{name}.{part}"), &[experts])?.as_dtype(Dtype::Float32)?)),
+            Some(part) => Ok(Some(weights.take_f32(&format!("{name}.{part}"), &[experts])?)),
             None => Ok::<_, GraphError>(None),
         };
         let correction_bias = of_experts(spec.correction_bias)?;

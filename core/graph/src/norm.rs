@@ -2,7 +2,7 @@
 
 use mlx_rs::{Array, error::Exception, fast};
 
-use crate::{elementwise::scalar, model::GraphError, weights::Weights};
+use crate::{config::DecoderConfig, elementwise::scalar, model::GraphError, weights::Weights};
 
 /// What a checkpoint stores as a norm's weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,6 +27,11 @@ impl RmsNorm {
         Self::stored(weights, name, size, eps, NormWeight::Whole)
     }
 
+    /// The same over the residual stream of `config`.
+    pub fn of(weights: &mut Weights, name: &str, config: &DecoderConfig) -> Result<Self, GraphError> {
+        Self::new(weights, name, config.hidden_size, config.rms_norm_eps)
+    }
+
     /// The same, where the checkpoint may store something else than the weight.
     pub fn stored(
         weights: &mut Weights,
@@ -43,8 +48,13 @@ impl RmsNorm {
         Ok(Self { weight, eps })
     }
 
-    /// Normalizes the last axis of `x`.
+    /// Normalizes the last axis of `x`, in the type of the weight.
     pub fn forward(&self, x: &Array) -> Result<Array, Exception> {
+        self.forward_wide(x)?.as_dtype(self.weight.dtype())
+    }
+
+    /// The same, in the type of `x` where that is wider.
+    pub fn forward_wide(&self, x: &Array) -> Result<Array, Exception> {
         fast::rms_norm(x, Some(&self.weight), self.eps)
     }
 

@@ -20,7 +20,7 @@ pub struct Pass {
     batch: i32,
     time: i32,
     offset: i32,
-    horizon: i32,
+    horizons: Vec<i32>,
     padding: Option<Vec<i32>>,
     /// Made on first use, then shared by all layers: a mask by window and length.
     masks: RefCell<HashMap<(Option<i32>, i32), Array>>,
@@ -39,8 +39,9 @@ impl Pass {
             let starts: Vec<i32> = padding.iter().map(|count| offset - count).collect();
             Array::from_slice(&starts, &[batch])
         });
-        let horizon = horizon.max(offset + time);
-        Self { batch, time, offset, horizon, padding, masks: RefCell::default(), starts, column: RefCell::default() }
+        let length = |row: i32| offset + time - padding.as_ref().map_or(0, |padding| padding[row as usize]);
+        let horizons = (0..batch).map(|row| horizon.max(length(row))).collect();
+        Self { batch, time, offset, horizons, padding, masks: RefCell::default(), starts, column: RefCell::default() }
     }
 
     /// Rows.
@@ -58,15 +59,15 @@ impl Pass {
         self.offset
     }
 
-    /// The length that the sequences are known or expected to reach, in tokens; never less than they have after this
-    /// pass. Rotary scalings that differ between short and long sequences go by it.
-    pub fn horizon(&self) -> i32 {
-        self.horizon
+    /// The length that each row is known or expected to reach, in tokens; never less than it has after this pass. Rotary
+    /// scalings that differ between short and long sequences go by it.
+    pub fn horizons(&self) -> &[i32] {
+        &self.horizons
     }
 
-    /// Whether the pass has one token in all.
+    /// Whether the pass has one token in all, and no padding before it.
     pub fn is_single(&self) -> bool {
-        self.batch * self.time == 1
+        self.batch * self.time == 1 && self.starts.is_none()
     }
 
     /// The position of each row's first token, `[batch]`; `None` where it is [`offset`](Self::offset) for all.

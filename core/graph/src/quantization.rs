@@ -18,12 +18,20 @@ pub struct Scheme {
     pub mode: Mode,
 }
 
+/// How matrices in 8-bit floats (E4M3) are scaled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fp8 {
+    /// By one number.
+    Whole,
+    /// By one number for each block of so many rows and columns.
+    Blocks([i32; 2]),
+}
+
 /// The scheme of every quantized tensor.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct QuantizationTable {
     default: Option<Scheme>,
-    /// Rows and columns that share a scale, of matrices in 8-bit floats.
-    fp8_block: Option<[i32; 2]>,
+    fp8: Option<Fp8>,
     tensors: HashMap<String, Option<Scheme>>,
 }
 
@@ -38,7 +46,7 @@ impl QuantizationTable {
         let Some(section) = section.and_then(Value::as_object) else { return Ok(Self::default()) };
         match section.get("quant_method").and_then(Value::as_str) {
             None => {}
-            Some("fp8") => return Ok(Self { fp8_block: Some(fp8_block(section)?), ..Self::default() }),
+            Some("fp8") => return Ok(Self { fp8: Some(fp8(section)?), ..Self::default() }),
             // What is packed, and how, shows in the tensors.
             Some("mxfp4") => return Ok(Self::default()),
             Some(method) => return Err(GraphError::Config(format!("`quant_method` `{method}` is not supported"))),
@@ -57,7 +65,7 @@ impl QuantizationTable {
                 _ => {}
             }
         }
-        Ok(Self { default, tensors, fp8_block: None })
+        Ok(Self { default, tensors, fp8: None })
     }
 
     /// A table that quantizes everything alike.
@@ -70,9 +78,9 @@ impl QuantizationTable {
         self.default.get_or_insert(scheme);
     }
 
-    /// Rows and columns that share a scale, of matrices in 8-bit floats.
-    pub fn fp8_block(&self) -> Option<[i32; 2]> {
-        self.fp8_block
+    /// How matrices in 8-bit floats are scaled, where there are any.
+    pub fn fp8(&self) -> Option<Fp8> {
+        self.fp8
     }
 
     /// The scheme of the tensor at `name` (without `.weight`), for one that has `.scales` beside it.
@@ -81,16 +89,18 @@ impl QuantizationTable {
     }
 }
 
-fn fp8_block(section: &serde_json::Map<String, Value>) -> Result<[i32; 2], GraphError> {
-    let sizes = section.get("weight_block_size").and_then(Value::as_array);
+fn fp8(section: &serde_json::Map<String, Value>) -> Result<Fp8, GraphError> {
+    let Some(sizes) = section.get("weight_block_size").filter(|sizes| !sizes.is_null()) else { return Ok(Fp8::Whole) };
     let sizes: Vec<i32> = sizes
+        .as_array()
         .into_iter()
         .flatten()
         .filter_map(|size| size.as_i64().and_then(|size| i32::try_from(size).ok()).filter(|size| *size > 0))
         .collect();
-    sizes.try_into().map_err(|_| {
-        GraphError::Config("`quant_method` `fp8` is supported only with a `weight_block_size` of two numbers".into())
-    })
+    match sizes.try_into() {
+        Ok(block) => Ok(Fp8::Blocks(block)),
+        Err(_) => Err(GraphError::Config("`weight_block_size` is not two numbers above zero".into())),
+    }
 }
 
 fn scheme(
@@ -102,7 +112,8 @@ fn scheme(
     let mode = match mode.and_then(Value::as_str) {
         Some(name) => Mode::parse(name)
             .ok_or_else(|| GraphError::Config(format!("quantization `mode` `{name}` is not supported")))?,
-        None => default.map_or(Mode::Affine, |default| default.mode),
+        // Also in the entry of a single tensor, whatever the others are.
+        None => Mode::Affine,
     };
     let number = |value: Option<&Value>, default: Option<i32>| {
         value.and_then(Value::as_i64).and_then(|value| i32::try_from(value).ok()).or(default)
@@ -137,6 +148,17 @@ mod tests {
         assert_eq!(table.scheme("a"), Some(Scheme { group_size: 64, bits: 4, mode: Mode::Affine }));
         assert_eq!(table.scheme("model.embed_tokens"), Some(Scheme { group_size: 32, bits: 8, mode: Mode::Affine }));
         assert_eq!(table.scheme("lm_head"), None);
+    }
+
+    #[test]
+    fn an_entry_without_a_mode_is_affine() {
+        let table = QuantizationTable::read(&json!({"quantization": {
+            "group_size": 32, "bits": 4, "mode": "mxfp4", "model.layers.0.mlp.gate": {"group_size": 64, "bits": 8},
+        }}))
+        .unwrap();
+        assert_eq!(table.scheme("a"), Some(Scheme { group_size: 32, bits: 4, mode: Mode::Mxfp4 }));
+        let gate = table.scheme("model.layers.0.mlp.gate");
+        assert_eq!(gate, Some(Scheme { group_size: 64, bits: 8, mode: Mode::Affine }));
     }
 
     #[test]

@@ -38,9 +38,11 @@ impl QwenMoeConfig {
     fn spec(&self) -> Result<MoeSpec, GraphError> {
         let router = RouterSpec::new(self.num_experts, self.num_experts_per_tok, Score::Softmax)?;
         let router = RouterSpec { normalize: self.norm_topk_prob, ..router };
+        // Qwen 3 Coder says zero.
+        let shared = self.shared_expert_intermediate_size.filter(|size| *size != 0);
         Ok(MoeSpec {
-            shared: self.shared_expert_intermediate_size.map(|inner| ("shared_expert", inner)),
-            shared_gate: self.shared_expert_intermediate_size.map(|_| "shared_expert_gate"),
+            shared: shared.map(|inner| ("shared_expert", inner)),
+            shared_gate: shared.map(|_| "shared_expert_gate"),
             ..MoeSpec::new(router, self.moe_intermediate_size)
         })
     }

@@ -3,7 +3,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Mlp,
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer,
     NormNames, NormWeight, Weights, accepted,
 };
 use serde::Deserialize;
@@ -37,16 +37,16 @@ impl ModelFamily for Gemma2 {
 
 #[derive(Deserialize)]
 struct Own {
-    query_pre_attn_scalar: f32,
     attn_logit_softcapping: Option<f32>,
     final_logit_softcapping: Option<f32>,
 }
 
 fn read(config: &Value) -> Result<(DecoderConfig, Own), GraphError> {
-    let defaults = json!({ "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": true });
+    let defaults = json!({ "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": true, "sliding_window": 4096 });
     let mut config = DecoderConfig::read_or(config, &defaults)?;
     config.default_layer_types(["sliding_attention", "full_attention"], 2);
     config.check_layer_windows()?;
+    config.pre_attn_scale()?;
     let own = config.own()?;
     Ok((config, own))
 }
@@ -54,22 +54,15 @@ fn read(config: &Value) -> Result<(DecoderConfig, Own), GraphError> {
 impl GraphFamily for Gemma2 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let (config, own) = read(config)?;
-        let frame = Frame {
-            embedding_multiplier: (config.hidden_size as f32).sqrt(),
-            stored: NormWeight::LessOne,
-            final_logit_softcapping: own.final_logit_softcapping,
-            ..Frame::default()
-        };
+        let frame = Frame::gemma(&config, NormWeight::LessOne, own.final_logit_softcapping);
         let layer = |weights: &mut Weights, name: &str, index: usize| {
             let attention = AttentionSpec {
                 window: config.layer_window(index)?,
-                scale: 1.0 / own.query_pre_attn_scalar.sqrt(),
+                scale: config.pre_attn_scale()?,
                 softcap: own.attn_logit_softcapping,
                 ..config.attention()
             };
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
-            let mlp = Mlp::new(weights, &format!("{name}.mlp"), &config)?;
-            Layer::new(weights, name, &config, NormNames::GEMMA, attention, mlp)
+            Layer::dense(weights, name, &config, NormNames::GEMMA, attention).map(Layer::with_clipped_stream)
         };
         Ok(Box::new(Decoder::new(weights, &config, frame, layer)?))
     }

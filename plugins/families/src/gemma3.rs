@@ -3,7 +3,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Mlp,
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer,
     NormNames, NormWeight, QkNorm, RopeSpec, Scaling, Weights, accepted,
 };
 use serde::Deserialize;
@@ -43,7 +43,6 @@ const LEFT_OUT: &[&str] = &["vision_tower.", "multi_modal_projector."];
 
 #[derive(Deserialize)]
 struct Own {
-    query_pre_attn_scalar: f32,
     sliding_window_pattern: Option<usize>,
     #[serde(rename = "_sliding_window_pattern")]
     pattern: Option<usize>,
@@ -74,6 +73,7 @@ fn read(config: &Value) -> Result<Read, GraphError> {
     let period = own.sliding_window_pattern.or(own.pattern).unwrap_or(6);
     config.default_layer_types(["sliding_attention", "full_attention"], period);
     config.check_layer_windows()?;
+    config.pre_attn_scale()?;
     let global = RopeSpec::read_layer_type(&config.settings, config.head_dim(), "full_attention")?;
     let local = match config.settings["rope_parameters"]["sliding_attention"].is_object() {
         true => RopeSpec::read_layer_type(&config.settings, config.head_dim(), "sliding_attention")?,
@@ -86,25 +86,18 @@ impl GraphFamily for Gemma3 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let Read { config, own, local, global } = read(config)?;
         weights.text_part(LEFT_OUT);
-        let frame = Frame {
-            embedding_multiplier: (config.hidden_size as f32).sqrt(),
-            stored: NormWeight::LessOne,
-            final_logit_softcapping: own.final_logit_softcapping,
-            ..Frame::default()
-        };
+        let frame = Frame::gemma(&config, NormWeight::LessOne, own.final_logit_softcapping);
         let layer = |weights: &mut Weights, name: &str, index: usize| {
             let window = config.layer_window(index)?;
             let attention = AttentionSpec {
                 qk_norm: QkNorm::PerHead(config.rms_norm_eps, NormWeight::LessOne),
                 rope: Some(if window.is_some() { local.clone() } else { global.clone() }),
                 window,
-                scale: 1.0 / own.query_pre_attn_scalar.sqrt(),
+                scale: config.pre_attn_scale()?,
                 softcap: own.attn_logit_softcapping,
                 ..config.attention()
             };
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
-            let mlp = Mlp::new(weights, &format!("{name}.mlp"), &config)?;
-            Layer::new(weights, name, &config, NormNames::GEMMA, attention, mlp)
+            Layer::dense(weights, name, &config, NormNames::GEMMA, attention).map(Layer::with_clipped_stream)
         };
         Ok(Box::new(Decoder::new(weights, &config, frame, layer)?))
     }

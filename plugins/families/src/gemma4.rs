@@ -6,7 +6,7 @@ use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
     Activation, Attention, AttentionSpec, Bias, Cache, CacheKind, CausalModel, DecoderConfig, Embedding, Ends,
     ExpertActivation, Frame, GraphError, GraphFamily, Linear, Mixer, Mlp, Moe, MoeSpec, NormWeight,
-    QkNorm, RmsNorm, RopeSpec, RouterSpec, Rows, Score, Values, Weights, accepted, add, scale,
+    QkNorm, RmsNorm, RopeSpec, RouterSpec, Rows, Score, Values, Weights, accepted, add_clipped, scale,
 };
 use mlx_rs::{Array, error::Exception};
 use serde::Deserialize;
@@ -27,7 +27,7 @@ impl ModelFamily for Gemma4 {
 
     fn claims(&self) -> Claims {
         Claims {
-            model_types: &["gemma4", "gemma4_text"],
+            model_types: &["gemma4", "gemma4_text", "gemma4_unified"],
             architectures: &["Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"],
             gguf_architectures: &["gemma4"],
         }
@@ -43,7 +43,7 @@ impl ModelFamily for Gemma4 {
 }
 
 /// Vision and sound.
-const LEFT_OUT: &[&str] = &["vision_tower.", "audio_tower.", "embed_vision.", "embed_audio."];
+const LEFT_OUT: &[&str] = &["vision_tower.", "vision_embedder.", "audio_tower.", "embed_vision.", "embed_audio."];
 
 /// Published experts have no `.weight`; mlx-lm says `switch_glu`.
 const NAMES: &[(&str, &str)] = &[
@@ -84,7 +84,14 @@ struct Read {
 }
 
 fn read(config: &Value) -> Result<Read, GraphError> {
-    let defaults = json!({ "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": true, "rms_norm_eps": 1e-6 });
+    // What configs leave to the reference implementation.
+    let defaults = json!({
+        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": true, "rms_norm_eps": 1e-6, "sliding_window": 512,
+        "global_head_dim": 512, "rope_parameters": {
+            "full_attention": { "rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25 },
+            "sliding_attention": { "rope_type": "default", "rope_theta": 1e4 },
+        },
+    });
     let mut config = DecoderConfig::read_or(config, &defaults)?;
     config.default_layer_types(["sliding_attention", "full_attention"], 6);
     let own: Own = config.own()?;
@@ -137,7 +144,7 @@ impl Experts {
             ["gate_up_proj", "gate_proj", "up_proj"].map(|part| format!("{name}.moe.switch_mlp.{part}"));
         weights.split_rows(&fused, config.hidden_size, &[(&gate, spec.inner), (&up, spec.inner)])?;
         let moe = Moe::new(weights, &format!("{name}.moe"), config, spec.clone())?;
-        let mut norm = |part: &str| norm(weights, &format!("{name}.{part}"), config);
+        let mut norm = |part: &str| RmsNorm::of(weights, &format!("{name}.{part}"), config);
         let [router, before] = [norm("moe.router.norm")?, norm("pre_feedforward_layernorm_2")?];
         let [mlp, after] = [norm("post_feedforward_layernorm_1")?, norm("post_feedforward_layernorm_2")?];
         Ok(Self { moe, norms: [router, before, mlp, after] })
@@ -146,14 +153,10 @@ impl Experts {
     /// What the experts give for `x`, added to what the MLP gave.
     fn add_to(&self, fed: &Array, x: &Array) -> Result<Array, Exception> {
         let [router, before, mlp, after] = &self.norms;
-        let seen = scale(&router.forward(x)?, 1.0 / (x.dim(-1) as f32).sqrt())?;
+        let seen = scale(&router.forward_wide(x)?, 1.0 / (x.dim(-1) as f32).sqrt())?;
         let out = self.moe.forward_routed(&before.forward(x)?, &seen)?;
         mlp.forward(fed)?.add(after.forward(&out)?)
     }
-}
-
-fn norm(weights: &mut Weights, name: &str, config: &DecoderConfig) -> Result<RmsNorm, GraphError> {
-    RmsNorm::new(weights, name, config.hidden_size, config.rms_norm_eps)
 }
 
 #[derive(Debug)]
@@ -179,10 +182,10 @@ impl Gemma4Layer {
             Some(width) => Some((
                 Linear::new(weights, &format!("{name}.per_layer_input_gate"), width, hidden, Bias::No)?,
                 Linear::new(weights, &format!("{name}.per_layer_projection"), hidden, width, Bias::No)?,
-                norm(weights, &format!("{name}.post_per_layer_input_norm"), config)?,
+                RmsNorm::of(weights, &format!("{name}.post_per_layer_input_norm"), config)?,
             )),
         };
-        let mut norm = |part: &str| norm(weights, &format!("{name}.{part}_layernorm"), config);
+        let mut norm = |part: &str| RmsNorm::of(weights, &format!("{name}.{part}_layernorm"), config);
         let norms = [norm("input")?, norm("post_attention")?, norm("pre_feedforward")?, norm("post_feedforward")?];
         let experts = read.moe.as_ref().map(|moe| Experts::new(weights, name, config, moe)).transpose()?;
         Ok(Self {
@@ -198,13 +201,13 @@ impl Gemma4Layer {
     /// The rest of the layer, from what attention gave.
     fn forward(&self, x: &Array, mixed: &Array, own: Option<&Array>) -> Result<Array, Exception> {
         let [_, after, before_mlp, after_mlp] = &self.norms;
-        let x = add(x, &after.forward(mixed)?)?;
+        let x = add_clipped(x, &after.forward(mixed)?)?;
         let fed = self.mlp.forward(&before_mlp.forward(&x)?)?;
         let fed = self.experts.as_ref().map_or(Ok(fed.clone()), |experts| experts.add_to(&fed, &x))?;
-        let mut x = add(&x, &after_mlp.forward(&fed)?)?;
+        let mut x = add_clipped(&x, &after_mlp.forward(&fed)?)?;
         if let (Some((gate, projection, norm)), Some(own)) = (&self.own_input, own) {
             let gated = Activation::GeluTanh.forward(&gate.forward(&x)?)?.multiply(own)?;
-            x = add(&x, &norm.forward(&projection.forward(&gated)?)?)?;
+            x = add_clipped(&x, &norm.forward(&projection.forward(&gated)?)?)?;
         }
         x.multiply(&self.layer_scalar)
     }
@@ -224,10 +227,9 @@ impl LayerInputs {
         let Some(width) = own.hidden_size_per_layer_input.filter(|width| *width > 0) else { return Ok(None) };
         let (all, hidden) = (config.num_hidden_layers as i32 * width, config.hidden_size);
         let vocab = own.vocab_size_per_layer_input.unwrap_or(config.vocab_size);
-        let projection = "model.per_layer_model_projection";
         Ok(Some(Self {
             embed: Embedding::new(weights, "model.embed_tokens_per_layer", vocab, all)?,
-            projection: Linear::new(weights, projection, all, hidden, Bias::No)?,
+            projection: Linear::new(weights, "model.per_layer_model_projection", all, hidden, Bias::No)?,
             norm: RmsNorm::new(weights, "model.per_layer_projection_norm", width, config.rms_norm_eps)?,
             width,
         }))
@@ -243,7 +245,6 @@ impl LayerInputs {
     }
 }
 
-#[derive(Debug)]
 struct Model {
     ends: Ends,
     layer_inputs: Option<LayerInputs>,
@@ -287,9 +288,8 @@ impl GraphFamily for Gemma4 {
         let Read { config, own, sources, .. } = &read;
         weights.text_part(LEFT_OUT);
         weights.rename(NAMES);
-        let embedding_multiplier = (config.hidden_size as f32).sqrt();
-        let final_logit_softcapping = own.final_logit_softcapping;
-        let frame = Frame { embedding_multiplier, final_logit_softcapping, ..Frame::default() };
+        let frame = Frame::gemma(config, NormWeight::Whole, own.final_logit_softcapping);
+        let frame = Frame { wide_stream: read.moe.is_some(), ..frame };
         let ends = Ends::new(weights, config, frame)?;
         let layer_inputs = LayerInputs::new(weights, config, own)?;
         let layers = (0..config.num_hidden_layers)

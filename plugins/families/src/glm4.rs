@@ -2,7 +2,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Mlp,
+    AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Mlp,
     NormNames, NormWeight, RopeSpec, Weights, accepted,
 };
 use serde_json::Value;
@@ -51,13 +51,9 @@ fn read(config: &Value) -> Result<(DecoderConfig, AttentionSpec), GraphError> {
 impl GraphFamily for Glm4 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let (config, attention) = read(config)?;
-        let inner = config.intermediate_size;
         let layer = |weights: &mut Weights, name: &str, _| {
-            let [fused, gate, up] = ["gate_up_proj", "gate_proj", "up_proj"].map(|part| format!("{name}.mlp.{part}"));
-            weights.split_rows(&fused, config.hidden_size, &[(&gate, inner), (&up, inner)])?;
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention.clone())?;
-            let mlp = Mlp::new(weights, &format!("{name}.mlp"), &config)?;
-            Layer::new(weights, name, &config, NORMS, attention, mlp)
+            Mlp::split_fused(weights, &format!("{name}.mlp"), &config)?;
+            Layer::dense(weights, name, &config, NORMS, attention.clone())
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }

@@ -2,7 +2,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, DeepseekMoeConfig, Frame, GraphError,
+    AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, DeepseekMoeConfig, Frame, GraphError,
     GraphFamily, Layer, NormNames, NormWeight, QkNorm, Weights, accepted,
 };
 use serde_json::Value;
@@ -47,12 +47,10 @@ fn read(config: &Value) -> Result<(DecoderConfig, AttentionSpec, DeepseekMoeConf
 impl GraphFamily for Glm4Moe {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let (config, attention, moe) = read(config)?;
-        // The layer behind the last predicts a second token.
-        weights.leave_out(&[&format!("model.layers.{}.", config.num_hidden_layers)]);
+        DeepseekMoeConfig::leave_out_prediction(weights, &config);
         let layer = |weights: &mut Weights, name: &str, index: usize| {
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention.clone())?;
             let mlp = moe.feed_forward(weights, &format!("{name}.mlp"), &config, index)?;
-            Layer::new(weights, name, &config, NormNames::PRE, attention, mlp)
+            Layer::attending(weights, name, &config, NormNames::PRE, attention.clone(), mlp)
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }

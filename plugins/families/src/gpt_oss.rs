@@ -3,7 +3,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, ExpertActivation, Frame, GraphError,
+    AttentionSpec, Bias, CausalModel, Decoder, DecoderConfig, ExpertActivation, Frame, GraphError,
     GraphFamily, Layer, Moe, MoeSpec, NormNames, RouterSpec, Score, Weights, accepted,
 };
 use serde::Deserialize;
@@ -47,7 +47,7 @@ struct Own {
 }
 
 fn read(config: &Value) -> Result<(DecoderConfig, MoeSpec), GraphError> {
-    let mut config = DecoderConfig::read_or(config, &json!({ "attention_bias": true, "sliding_window": 128 }))?;
+    let mut config = DecoderConfig::read_or(config, &json!({ "attention_bias": true, "sliding_window": 128, "rope_theta": 1.5e5 }))?;
     config.default_layer_types(["sliding_attention", "full_attention"], 2);
     config.check_layer_windows()?;
     let own: Own = config.own()?;
@@ -62,12 +62,13 @@ fn read(config: &Value) -> Result<(DecoderConfig, MoeSpec), GraphError> {
 }
 
 /// Published experts are `mlp.experts.gate_up_proj`, whose rows are a gate's and an up projection's in turn, and
-/// `down_proj`; mlx-lm stores `mlp.experts.gate_proj`, `up_proj` and `down_proj`.
+/// `down_proj`: in MXFP4, or as plain stacks the other way round. mlx-lm stores `gate_proj`, `up_proj` and `down_proj`.
 fn experts(weights: &mut Weights, layer: &str, inner: i32) -> Result<(), GraphError> {
     let [fused, gate, up, down] =
         ["gate_up_proj", "gate_proj", "up_proj", "down_proj"].map(|part| format!("{layer}.mlp.switch_mlp.{part}"));
     for name in [&fused, &down] {
         weights.unpack_mxfp4_blocks(name)?;
+        weights.turn_stack(name)?;
     }
     weights.split_alternating_rows(&fused, inner, &gate, &up)
 }
@@ -79,9 +80,8 @@ impl GraphFamily for GptOss {
         let layer = |weights: &mut Weights, name: &str, index: usize| {
             experts(weights, name, config.intermediate_size)?;
             let attention = AttentionSpec { window: config.layer_window(index)?, sinks: true, ..config.attention() };
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention)?;
             let moe = Moe::new(weights, &format!("{name}.mlp"), &config, moe.clone())?;
-            Layer::new(weights, name, &config, NormNames::PRE, attention, moe)
+            Layer::attending(weights, name, &config, NormNames::PRE, attention, moe)
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }

@@ -3,9 +3,9 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Bias, CacheKind, CausalModel, Decoder, DecoderConfig, FeedForward, Frame, GraphError, GraphFamily, Groups,
-    LatentAttention, LatentSpec, Layer, LayerCache, Linear, Mixer, Mlp, Moe, MoeSpec, NUMBERED_EXPERTS, NormNames,
-    Pass, RmsNorm, RouterSpec, Score, ShortConv, Steps, Weights, accepted, delta_rule, l2_normed, scale, silu,
+    Bias, CacheKind, DeepseekMoeConfig, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily,
+    LatentAttention, LatentSpec, Layer, LayerCache, Linear, Mixer, MIXTRAL_NAMES, NormNames,
+    Pass, RmsNorm, ShortConv, Steps, Weights, accepted, delta_rule, l2_normed, scale, silu,
     softplus,
 };
 use mlx_rs::{Array, Dtype, error::Exception, ops};
@@ -42,9 +42,8 @@ impl ModelFamily for KimiLinear {
     }
 }
 
+/// mlx-lm's.
 const NAMES: &[(&str, &str)] = &[
-    (".block_sparse_moe.", ".mlp."),
-    // mlx-lm's.
     ("_conv.conv.", "_conv1d."),
     (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
 ];
@@ -66,58 +65,24 @@ struct Own {
     linear_attn_config: LinearAttention,
     #[serde(default)]
     mla_use_nope: bool,
-    num_experts: i32,
-    num_experts_per_token: i32,
-    moe_intermediate_size: i32,
-    #[serde(default)]
-    num_shared_experts: i32,
-    #[serde(default)]
-    moe_renormalize: bool,
-    moe_router_activation_func: Option<String>,
-    routed_scaling_factor: Option<f32>,
-    num_expert_group: Option<i32>,
-    topk_group: Option<i32>,
-    #[serde(default)]
-    first_k_dense_replace: usize,
-    moe_layer_freq: Option<usize>,
 }
 
 struct Read {
     config: DecoderConfig,
-    own: Own,
+    linear: LinearAttention,
     attention: LatentSpec,
-    moe: MoeSpec,
+    moe: DeepseekMoeConfig,
 }
 
 fn read(config: &Value) -> Result<Read, GraphError> {
     let config = DecoderConfig::read(config)?;
     let own: Own = config.own()?;
-    let score = match own.moe_router_activation_func.as_deref() {
-        None | Some("sigmoid") => Score::Sigmoid,
-        Some("softmax") => Score::Softmax,
-        Some(other) => {
-            let what = format!("`moe_router_activation_func` `{other}` is not supported");
-            return Err(GraphError::Config(what));
-        }
-    };
-    let router = RouterSpec {
-        normalize: own.moe_renormalize,
-        groups: own.num_expert_group.zip(own.topk_group).map(|(count, chosen)| Groups { count, chosen }),
-        scaling_factor: own.routed_scaling_factor.unwrap_or(1.0),
-        ..RouterSpec::new(own.num_experts, own.num_experts_per_token, score)?
-    };
-    router.check()?;
-    let shared = Some(own.num_shared_experts).filter(|count| *count > 0);
-    let moe = MoeSpec {
-        correction_bias: Some("gate.e_score_correction_bias"),
-        shared: shared.map(|count| ("shared_experts", count * own.moe_intermediate_size)),
-        ..MoeSpec::new(router, own.moe_intermediate_size)
-    };
     let mut attention = LatentSpec::read(&config)?;
     if own.mla_use_nope {
         attention.rope = None;
     }
-    Ok(Read { config, own, attention, moe })
+    let moe = DeepseekMoeConfig::read(&config)?;
+    Ok(Read { linear: own.linear_attn_config, attention, moe, config })
 }
 
 /// Kimi Delta Attention. Its states: the inputs of three convolutions, then the delta rule's matrix.
@@ -166,10 +131,10 @@ impl DeltaAttention {
             Ok::<_, GraphError>([first, linear(weights, &format!("{part}_b_proj"), width, head_dim)?])
         };
         let (decay, gate) = (low_rank("f")?, low_rank("g")?);
-        let b_proj = linear(weights, "b_proj", heads, hidden)?;
+        let b_proj = linear(weights, "b_proj", heads, hidden)?.in_f32()?;
         let o_proj = linear(weights, "o_proj", hidden, width)?;
-        let rate = weights.take(&format!("{name}.A_log"), &[1, 1, heads, 1])?.as_dtype(Dtype::Float32)?;
-        let dt_bias = weights.take(&format!("{name}.dt_bias"), &[width])?.as_dtype(Dtype::Float32)?;
+        let rate = weights.take_f32(&format!("{name}.A_log"), &[1, 1, heads, 1])?;
+        let dt_bias = weights.take_f32(&format!("{name}.dt_bias"), &[width])?;
         let o_norm = RmsNorm::new(weights, &format!("{name}.o_norm"), head_dim, eps)?;
         let rate = rate.exp()?.negative()?;
         Ok(Self { heads, head_dim, projections, decay, gate, b_proj, rate, dt_bias, o_norm, o_proj })
@@ -210,20 +175,15 @@ impl Mixer for DeltaAttention {
 
 impl GraphFamily for KimiLinear {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
-        let Read { config, own, attention, moe } = read(config)?;
+        let Read { config, linear, attention, moe } = read(config)?;
         weights.leave_out(LEFT_OUT);
+        weights.rename(MIXTRAL_NAMES);
         weights.rename(NAMES);
-        weights.rename(NUMBERED_EXPERTS);
-        let sparse_step = own.moe_layer_freq.unwrap_or(1).max(1);
         let layer = |weights: &mut Weights, name: &str, index: usize| {
-            let (mlp, mixer) = (format!("{name}.mlp"), format!("{name}.self_attn"));
-            let mlp: FeedForward = match index >= own.first_k_dense_replace && index.is_multiple_of(sparse_step) {
-                true => Moe::new(weights, &mlp, &config, moe.clone())?.into(),
-                false => Mlp::new(weights, &mlp, &config)?.into(),
-            };
-            if own.linear_attn_config.kda_layers.contains(&(index + 1)) {
-                let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
-                let delta = DeltaAttention::new(weights, &mixer, hidden, eps, &own.linear_attn_config)?;
+            let mlp = moe.feed_forward(weights, &format!("{name}.mlp"), &config, index)?;
+            let mixer = format!("{name}.self_attn");
+            if linear.kda_layers.contains(&(index + 1)) {
+                let delta = DeltaAttention::new(weights, &mixer, config.hidden_size, config.rms_norm_eps, &linear)?;
                 return Layer::new(weights, name, &config, NormNames::PRE, delta, mlp);
             }
             let latent = LatentAttention::new(weights, &mixer, attention.clone())?;

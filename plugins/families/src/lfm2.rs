@@ -4,7 +4,7 @@
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
     Attention, AttentionSpec, CacheKind, CausalModel, Decoder, DecoderConfig, FeedForward, Frame, GraphError,
-    GraphFamily, Layer, LayerCache, Linear, Mixer, Mlp, Moe, MoeSpec, NUMBERED_EXPERTS, NormNames, NormWeight, Pass,
+    GraphFamily, Layer, LayerCache, Linear, Mixer, Mlp, Moe, MoeSpec, MIXTRAL_NAMES, NormNames, NormWeight, Pass,
     QkNorm, RouterSpec, Score, ShortConv, Weights, accepted,
 };
 use mlx_rs::{Array, error::Exception};
@@ -59,6 +59,8 @@ struct Own {
     full_attn_idxs: Option<Vec<usize>>,
     #[serde(default)]
     block_auto_adjust_ff_dim: bool,
+    block_ff_dim: Option<i32>,
+    tie_embedding: Option<bool>,
     block_ffn_dim_multiplier: Option<f64>,
     block_multiple_of: Option<i32>,
     num_experts: Option<i32>,
@@ -91,11 +93,14 @@ fn read(config: &Value) -> Result<Read, GraphError> {
     for index in 0..config.num_hidden_layers {
         is_conv(&config, index)?;
     }
+    // Where there are two widths, this is the one that was trained with.
+    config.intermediate_size = own.block_ff_dim.unwrap_or(config.intermediate_size);
+    config.tie_word_embeddings = own.tie_embedding.unwrap_or(config.tie_word_embeddings);
     if own.block_auto_adjust_ff_dim {
         let shrunk = (2 * i64::from(config.intermediate_size) / 3) as f64;
         let wanted = (own.block_ffn_dim_multiplier.unwrap_or(1.0) * shrunk) as i32;
         let step = own.block_multiple_of.unwrap_or(256).max(1);
-        config.intermediate_size = (wanted + step - 1) / step * step;
+        config.intermediate_size = wanted.saturating_add(step - 1) / step * step;
     }
     let moe = match own.num_experts.filter(|experts| *experts > 0) {
         None => None,
@@ -141,7 +146,7 @@ impl Mixer for GatedConv {
         let ([b, c, x], [state]) = (&parts[..], cache.states(1)?) else {
             return Err(Exception::custom("a convolution was given a cache of another layout"));
         };
-        let mixed = self.conv.forward(&b.multiply(x)?, state, pass)?;
+        let mixed = self.conv.forward(&b.multiply(x)?, state, pass)?.as_dtype(c.dtype())?;
         self.out_proj.forward(&c.multiply(mixed)?)
     }
 
@@ -154,7 +159,7 @@ impl GraphFamily for Lfm2 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let Read { config, own, moe } = read(config)?;
         weights.rename(NAMES);
-        weights.rename(NUMBERED_EXPERTS);
+        weights.rename(MIXTRAL_NAMES);
         let qk_norm = QkNorm::PerHead(config.rms_norm_eps, NormWeight::Whole);
         let attention = AttentionSpec { qk_norm, ..config.attention() };
         let layer = |weights: &mut Weights, name: &str, index: usize| {

@@ -2,11 +2,11 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Moe, MoeSpec,
-    NUMBERED_EXPERTS, NormNames, QkNorm, RopeSpec, RouterSpec, Score, Weights, accepted,
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Moe, MoeSpec,
+    MIXTRAL_NAMES, NormNames, QkNorm, RopeSpec, RouterSpec, Score, Weights, accepted,
 };
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The family.
 pub struct MiniMaxM2;
@@ -54,7 +54,7 @@ struct Own {
 }
 
 fn read(config: &Value) -> Result<(DecoderConfig, AttentionSpec, MoeSpec), GraphError> {
-    let config = DecoderConfig::read(config)?;
+    let config = DecoderConfig::read_or(config, &json!({ "rope_theta": 5e6 }))?;
     let own: Own = config.own()?;
     let refuse = |what: String| Err(GraphError::Config(format!("{what} is not supported")));
     if let Some(other) = own.scoring_func.filter(|name| name != "sigmoid") {
@@ -85,12 +85,10 @@ impl GraphFamily for MiniMaxM2 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let (config, attention, moe) = read(config)?;
         weights.leave_out(LEFT_OUT);
-        weights.rename(&[(".block_sparse_moe.", ".mlp.")]);
-        weights.rename(NUMBERED_EXPERTS);
+        weights.rename(MIXTRAL_NAMES);
         let layer = |weights: &mut Weights, name: &str, _| {
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention.clone())?;
             let moe = Moe::new(weights, &format!("{name}.mlp"), &config, moe.clone())?;
-            Layer::new(weights, name, &config, NormNames::PRE, attention, moe)
+            Layer::attending(weights, name, &config, NormNames::PRE, attention.clone(), moe)
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }

@@ -2,11 +2,11 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Moe, MoeSpec,
-    NUMBERED_EXPERTS, NormNames, RouterSpec, Score, Weights, accepted,
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Moe, MoeSpec,
+    MIXTRAL_NAMES, NormNames, RouterSpec, Score, Weights, accepted,
 };
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The family.
 pub struct Mixtral;
@@ -41,7 +41,7 @@ struct Own {
 }
 
 fn read(config: &Value) -> Result<(DecoderConfig, MoeSpec), GraphError> {
-    let config = DecoderConfig::read(config)?;
+    let config = DecoderConfig::read_or(config, &json!({ "rope_theta": 1e6 }))?;
     let own: Own = config.own()?;
     let router = RouterSpec::new(own.num_local_experts, own.num_experts_per_tok, Score::SoftmaxOfChosen)?;
     let moe = MoeSpec::new(router, config.intermediate_size);
@@ -51,13 +51,11 @@ fn read(config: &Value) -> Result<(DecoderConfig, MoeSpec), GraphError> {
 impl GraphFamily for Mixtral {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let (config, moe) = read(config)?;
-        weights.rename(&[(".block_sparse_moe.", ".mlp.")]);
-        weights.rename(NUMBERED_EXPERTS);
+        weights.rename(MIXTRAL_NAMES);
         let attention = AttentionSpec { window: config.window(), ..config.attention() };
         let layer = |weights: &mut Weights, name: &str, _| {
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention.clone())?;
             let moe = Moe::new(weights, &format!("{name}.mlp"), &config, moe.clone())?;
-            Layer::new(weights, name, &config, NormNames::PRE, attention, moe)
+            Layer::attending(weights, name, &config, NormNames::PRE, attention.clone(), moe)
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }

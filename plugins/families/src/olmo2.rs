@@ -2,7 +2,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Mlp,
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer,
     NormNames, NormWeight, QkNorm, Weights, accepted,
 };
 use serde_json::Value;
@@ -50,9 +50,7 @@ impl GraphFamily for Olmo2 {
         let config = read(config)?;
         let attention = AttentionSpec { qk_norm: QkNorm::Full(config.rms_norm_eps), ..config.attention() };
         let layer = |weights: &mut Weights, name: &str, _| {
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention.clone())?;
-            let mlp = Mlp::new(weights, &format!("{name}.mlp"), &config)?;
-            Layer::new(weights, name, &config, NORMS, attention, mlp)
+            Layer::dense(weights, name, &config, NORMS, attention.clone())
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }

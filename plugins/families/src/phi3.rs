@@ -2,7 +2,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Weights, accepted,
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Mlp, Weights, accepted,
 };
 use serde_json::Value;
 
@@ -42,13 +42,12 @@ impl GraphFamily for Phi3 {
     fn graph(&self, config: &Value, weights: &mut Weights) -> Result<Box<dyn CausalModel>, GraphError> {
         let (config, attention) = read(config)?;
         let (q, kv) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let hidden = config.hidden_size;
         let layer = |weights: &mut Weights, name: &str, _| {
             let of = |part: &str| format!("{name}.{part}");
             let [q_proj, k_proj, v_proj] = ["q_proj", "k_proj", "v_proj"].map(|part| of(&format!("self_attn.{part}")));
             weights.split_rows(&of("self_attn.qkv_proj"), hidden, &[(&q_proj, q), (&k_proj, kv), (&v_proj, kv)])?;
-            let [gate_proj, up_proj] = [of("mlp.gate_proj"), of("mlp.up_proj")];
-            weights.split_rows(&of("mlp.gate_up_proj"), hidden, &[(&gate_proj, inner), (&up_proj, inner)])?;
+            Mlp::split_fused(weights, &of("mlp"), &config)?;
             Layer::plain(weights, name, &config, attention.clone())
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))

@@ -2,7 +2,7 @@
 
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
-    Attention, AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, NormNames,
+    AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, NormNames,
     NormWeight, QkNorm, QwenMoeConfig, Weights, accepted,
 };
 use serde_json::Value;
@@ -49,9 +49,8 @@ impl GraphFamily for Qwen3Moe {
         let qk_norm = QkNorm::PerHead(config.rms_norm_eps, NormWeight::Whole);
         let attention = AttentionSpec { qk_norm, ..config.attention() };
         let layer = |weights: &mut Weights, name: &str, index: usize| {
-            let attention = Attention::new(weights, &format!("{name}.self_attn"), attention.clone())?;
             let mlp = moe.feed_forward(weights, &format!("{name}.mlp"), &config, index)?;
-            Layer::new(weights, name, &config, NormNames::PRE, attention, mlp)
+            Layer::attending(weights, name, &config, NormNames::PRE, attention.clone(), mlp)
         };
         Ok(Box::new(Decoder::new(weights, &config, Frame::default(), layer)?))
     }

@@ -5,7 +5,7 @@ use mesh_graph::{
     AttentionSpec, CausalModel, Decoder, DecoderConfig, Frame, GraphError, GraphFamily, Layer, Weights, accepted,
 };
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The family.
 pub struct SmolLm3;
@@ -41,7 +41,7 @@ struct Own {
 }
 
 fn read(config: &Value) -> Result<(DecoderConfig, Vec<bool>), GraphError> {
-    let config = DecoderConfig::read(config)?;
+    let config = DecoderConfig::read_or(config, &json!({ "rope_theta": 2e6 }))?;
     let own: Own = config.own()?;
     let layers = config.num_hidden_layers;
     let interval = own.no_rope_layer_interval.unwrap_or(4).max(1);

@@ -62,7 +62,7 @@ impl Matvec {
         };
         let bias: Vec<&Array> = parts.iter().filter_map(|part| part.bias()).collect();
         let has_bias = !bias.is_empty();
-        if packed.iter().any(|packed| !supports(packed, dtype))
+        if packed.iter().any(|part| !supports(part, dtype) || part.group_size != packed[0].group_size)
             || (has_bias && (bias.len() != parts.len() || epilogue == Epilogue::SwiGlu))
         {
             return Ok(None);

@@ -134,6 +134,7 @@ impl Rope {
     pub fn length_limit(&self) -> Option<i32> {
         match self.frequencies {
             Frequencies::ByLength { limit, .. } => Some(limit),
+            Frequencies::Growing { limit, .. } => Some(limit as i32),
             _ => None,
         }
     }
@@ -147,23 +148,37 @@ impl Rope {
             scaled = self.multiply(x)?;
             &scaled
         };
-        let (base, periods) = match &self.frequencies {
+        let of_row = |horizon: i32| match &self.frequencies {
             Frequencies::Base(base) => (Some(*base), None),
             Frequencies::Periods(periods, _) => (None, Some(periods)),
-            Frequencies::ByLength { limit, short, long } => {
-                (None, Some(if pass.horizon() > *limit { long } else { short }))
-            }
+            Frequencies::ByLength { limit, short, long } => (None, Some(if horizon > *limit { long } else { short })),
             Frequencies::Growing { theta, factor, limit } => {
-                let length = f64::from(pass.horizon()).max(*limit);
+                let length = f64::from(horizon).max(*limit);
                 let dims = f64::from(self.dims);
                 let grown = theta * (factor * length / limit - (factor - 1.0)).powf(dims / (dims - 2.0));
                 (Some(grown as f32), None)
             }
         };
-        match pass.starts() {
-            Some(starts) => fast::rope_dynamic(x, self.dims, self.traditional, base, self.scale, starts, periods),
-            None => fast::rope(x, self.dims, self.traditional, base, self.scale, pass.offset(), periods),
+        let rotated = |x: &Array, starts: Option<&Array>, horizon: i32| {
+            let (base, periods) = of_row(horizon);
+            match starts {
+                Some(starts) => fast::rope_dynamic(x, self.dims, self.traditional, base, self.scale, starts, periods),
+                None => fast::rope(x, self.dims, self.traditional, base, self.scale, pass.offset(), periods),
+            }
+        };
+        let horizons = pass.horizons();
+        let longest = horizons.iter().copied().max().unwrap_or(0);
+        if self.length_limit().is_none_or(|limit| longest <= limit) || horizons.iter().all(|one| *one == longest) {
+            return rotated(x, pass.starts(), longest);
         }
+        // Rows of a batch differ: each has its own frequencies.
+        let shape = x.shape();
+        let rows = horizons.iter().zip(0..).map(|(horizon, row)| {
+            let one = ffi::slice(x, [row, 0, 0, 0], [row + 1, shape[1], shape[2], shape[3]])?;
+            let start = pass.starts().map(|starts| ffi::slice(starts, [row], [row + 1])).transpose()?;
+            rotated(&one, start.as_ref(), *horizon)
+        });
+        ops::concatenate(&rows.collect::<Result<Vec<_>, Exception>>()?, 0)
     }
 
     /// `x` with the dimensions that rotate multiplied by the attention factor.

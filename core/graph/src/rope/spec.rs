@@ -93,6 +93,11 @@ impl RopeSpec {
     /// `rope_scaling`, of a text config. The first `partial_rotary_factor` of `head_dim` dimensions are rotated. A kind
     /// that is not computed here is an error that names it.
     pub fn read(config: &Value, head_dim: i32) -> Result<Self, GraphError> {
+        for key in ["rope_parameters", "rope_scaling"] {
+            if let Some(other) = config.get(key).filter(|value| !value.is_object() && !value.is_null()) {
+                return Err(GraphError::Config(format!("`{key}` is {other}, not an object")));
+            }
+        }
         let object = |key: &str| config.get(key).filter(|value| value.is_object());
         let parameters = object("rope_parameters");
         let full = parameters.and_then(|all| all.get("full_attention")).filter(|value| value.is_object());
@@ -109,18 +114,35 @@ impl RopeSpec {
 
     fn parse(config: &Value, settings: Option<&Value>, head_dim: i32) -> Result<Self, GraphError> {
         let find = |key: &str| settings.and_then(|settings| settings.get(key)).filter(|value| !value.is_null());
-        let either = |key: &str| find(key).or_else(|| config.get(key)).and_then(Value::as_f64);
-        let theta = either("rope_theta").unwrap_or(10_000.0) as f32;
-        let kind = find("rope_type").or_else(|| find("type")).and_then(Value::as_str).unwrap_or("default");
-        let optional = |key: &str| find(key).and_then(Value::as_f64).map(|value| value as f32);
-        let number = |key: &str| {
-            optional(key).ok_or_else(|| GraphError::Config(format!("rope scaling of kind `{kind}` has no `{key}`")))
+        let wrong = |key: &str, value: &Value| GraphError::Config(format!("`{key}` is {value}"));
+        let kind = match find("rope_type").or_else(|| find("type")) {
+            None => "default",
+            Some(Value::String(kind)) => kind,
+            Some(other) => return Err(wrong("rope_type", other)),
         };
-        let original = || either("original_max_position_embeddings").map(|value| value as f32);
-        let longest = || config.get("max_position_embeddings").and_then(Value::as_f64).map(|value| value as f32);
+        // Each of these is a length, a ratio or a base: none may be zero, negative, or no number.
+        let positive = |key: &str, value: Option<&Value>| match value {
+            None => Ok(None),
+            Some(value) => match value.as_f64().filter(|number| number.is_finite() && *number > 0.0) {
+                Some(number) => Ok(Some(number as f32)),
+                None => Err(wrong(key, value)),
+            },
+        };
+        let optional = |key: &str| positive(key, find(key));
+        let in_config = |key: &str| config.get(key).filter(|value| !value.is_null());
+        let either = |key: &str| positive(key, find(key).or_else(|| in_config(key)));
+        let number = |key: &str| {
+            optional(key)?.ok_or_else(|| GraphError::Config(format!("rope scaling of kind `{kind}` has no `{key}`")))
+        };
+        // DeepSeek's may be zero, which stands for none.
+        let mscale =
+            |key: &str| find(key).and_then(Value::as_f64).filter(|value| *value > 0.0).map(|value| value as f32);
+        let theta = either("rope_theta")?.unwrap_or(10_000.0);
+        let original = || either("original_max_position_embeddings");
+        let longest = || positive("max_position_embeddings", in_config("max_position_embeddings"));
         let missing = |key: &str| GraphError::Config(format!("rope scaling of kind `{kind}` has no `{key}`"));
-        let share = either("partial_rotary_factor").unwrap_or(1.0);
-        let partial = (f64::from(head_dim) * share) as i32;
+        let share = either("partial_rotary_factor")?.unwrap_or(1.0);
+        let partial = (head_dim as f32 * share) as i32;
         let mut dims = partial;
         let scaling = match kind {
             // With text alone the three positions of `mrope` are the same number.
@@ -134,21 +156,20 @@ impl RopeSpec {
             },
             "yarn" => {
                 let factor = number("factor")?;
-                let (mscale, all_dim) = (optional("mscale"), optional("mscale_all_dim"));
-                let attention_factor = match (optional("attention_factor"), mscale, all_dim) {
+                let (mscale, all_dim) = (mscale("mscale"), mscale("mscale_all_dim"));
+                let attention_factor = match (optional("attention_factor")?, mscale, all_dim) {
                     (Some(given), ..) => given,
-                    (None, Some(mscale), Some(all_dim)) if mscale != 0.0 && all_dim != 0.0 => {
-                        yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
-                    }
+                    (None, Some(mscale), Some(all_dim)) => yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim),
                     _ => yarn_mscale(factor, 1.0),
                 };
                 Scaling::Yarn(Yarn {
                     factor,
-                    original_max_position_embeddings: original()
-                        .or_else(longest)
-                        .ok_or_else(|| missing("original_max_position_embeddings"))?,
-                    beta_fast: optional("beta_fast").unwrap_or(32.0),
-                    beta_slow: optional("beta_slow").unwrap_or(1.0),
+                    original_max_position_embeddings: match original()? {
+                        Some(original) => original,
+                        None => longest()?.ok_or_else(|| missing("original_max_position_embeddings"))?,
+                    },
+                    beta_fast: optional("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: optional("beta_slow")?.unwrap_or(1.0),
                     truncate: find("truncate").and_then(Value::as_bool).unwrap_or(true),
                     attention_factor,
                     scale_factor: all_dim.map_or(1.0, |all_dim| yarn_mscale(factor, all_dim).powi(2)),
@@ -156,7 +177,7 @@ impl RopeSpec {
             }
             "dynamic" => Scaling::Dynamic {
                 factor: number("factor")?,
-                max_position_embeddings: longest().ok_or_else(|| missing("max_position_embeddings"))?,
+                max_position_embeddings: longest()?.ok_or_else(|| missing("max_position_embeddings"))?,
             },
             "longrope" | "su" => {
                 let list = |key: &str| -> Result<Vec<f32>, GraphError> {
@@ -168,19 +189,26 @@ impl RopeSpec {
                     }
                     Ok(values)
                 };
-                let original = original().ok_or_else(|| missing("original_max_position_embeddings"))?;
-                let stretch = optional("factor").or_else(|| longest().map(|longest| longest / original)).unwrap_or(1.0);
+                let original = original()?.ok_or_else(|| missing("original_max_position_embeddings"))?;
+                if original <= 1.0 {
+                    let what = format!("`original_max_position_embeddings` is {original}");
+                    return Err(GraphError::Config(what));
+                }
+                let stretch = match optional("factor")? {
+                    Some(factor) => factor,
+                    None => longest()?.map_or(1.0, |longest| longest / original),
+                };
                 let computed = if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() };
                 Scaling::Longrope {
                     short_factor: list("short_factor")?,
                     long_factor: list("long_factor")?,
                     original_max_position_embeddings: original as i32,
-                    attention_factor: optional("attention_factor").unwrap_or(computed),
+                    attention_factor: optional("attention_factor")?.unwrap_or(computed),
                 }
             }
             "proportional" => {
                 dims = head_dim;
-                Scaling::Proportional { rotated: partial, factor: optional("factor").unwrap_or(1.0) }
+                Scaling::Proportional { rotated: partial, factor: optional("factor")?.unwrap_or(1.0) }
             }
             other => return Err(GraphError::Config(format!("`rope_type` `{other}` is not supported"))),
         };
@@ -238,6 +266,16 @@ mod tests {
         assert!(error.to_string().contains("`original_max_position_embeddings`"), "{error}");
         let error = RopeSpec::read(&json!({"partial_rotary_factor": 0.3}), 10).unwrap_err();
         assert!(error.to_string().contains("3 of a head's 10"), "{error}");
+        for (config, word) in [
+            (json!({"rope_theta": "5e5"}), "`rope_theta` is \"5e5\""),
+            (json!({"rope_theta": -1.0}), "`rope_theta` is -1.0"),
+            (json!({"rope_scaling": "yarn"}), "`rope_scaling` is \"yarn\""),
+            (json!({"rope_scaling": {"rope_type": 7}}), "`rope_type` is 7"),
+            (json!({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}), "`factor` is 0.0"),
+        ] {
+            let error = RopeSpec::read(&config, 64).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::{Source, Tensor, Weights};
 use crate::{
     ffi::{self, Mode},
     model::GraphError,
-    quantization::Scheme,
+    quantization::{Fp8, Scheme},
 };
 
 /// Names that multimodal wrappers put before those of the language model.
@@ -22,9 +22,9 @@ const WRAPPED: &[(&str, &str)] = &[
 /// The wrapper that the last two of these share.
 const OUTER: &str = "language_model.";
 
-/// Mixtral's names for an expert's projections, which others have taken over, and the usual ones.
-pub const NUMBERED_EXPERTS: &[(&str, &str)] =
-    &[(".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj.")];
+/// Mixtral's names for a mixture and its experts' projections, which others have taken over, and the usual ones.
+pub const MIXTRAL_NAMES: &[(&str, &str)] =
+    &[(".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."), (".block_sparse_moe.", ".mlp.")];
 
 /// What may stand behind a matrix's name.
 const PARTS: [&str; 4] = ["weight", "scales", "biases", "bias"];
@@ -34,8 +34,10 @@ impl Weights {
     pub fn rename(&mut self, pairs: &[(&str, &str)]) {
         let Source::Files(tensors) = &mut self.source else { return };
         // Of all pairs: what stands in a place under one of the names may be missing there under another.
-        let place = |name: &String| pairs.iter().find_map(|(from, _)| Some(name[..name.find(from)?].to_owned()));
-        let places: HashSet<String> = tensors.keys().filter_map(place).collect();
+        let in_name = |name: &String| -> Vec<String> {
+            pairs.iter().filter_map(|(from, _)| Some(name[..name.find(from)?].to_owned())).collect()
+        };
+        let places: HashSet<String> = tensors.keys().flat_map(in_name).collect();
         for (from, to) in pairs {
             if !tensors.keys().any(|name| name.contains(from)) {
                 continue;
@@ -146,6 +148,7 @@ impl Weights {
         rows: i32,
         change: impl Fn(&Array, i32) -> Result<Vec<(String, Array)>, GraphError>,
     ) -> Result<(), GraphError> {
+        self.unpack_fp8(name)?;
         let Some(tensors) = self.tensors() else { return Ok(()) };
         let mut renamed = Vec::new();
         for part in PARTS {
@@ -204,27 +207,60 @@ impl Weights {
         Ok(())
     }
 
-    /// A matrix in 8-bit floats with `{name}.weight_scale_inv` for blocks becomes a plain one. Does nothing to others.
+    /// A matrix in 8-bit floats with `{name}.weight_scale_inv` becomes a plain one. Does nothing to others.
     pub(super) fn unpack_fp8(&mut self, name: &str) -> Result<(), GraphError> {
-        let Some([rows, columns]) = self.quantization.fp8_block() else { return Ok(()) };
+        let Some(fp8) = self.quantization.fp8() else { return Ok(()) };
         let dtype = self.placement.floats.unwrap_or(Dtype::Bfloat16);
-        let Some(tensors) = self.tensors() else { return Ok(()) };
         let key = format!("{name}.weight");
-        let Some(scales) = tensors.remove(&format!("{key}_scale_inv")) else { return Ok(()) };
-        let Some(codes) = tensors.get_mut(&key) else { return Ok(()) };
-        let (shape, blocks) = (codes.array.shape().to_vec(), scales.array.shape());
-        let [out, inner] = shape[..] else {
+        let scales_key = format!("{key}_scale_inv");
+        let missing = self.published(&scales_key);
+        let Some(tensors) = self.tensors() else { return Ok(()) };
+        // How inputs would be scaled; they are not.
+        tensors.remove(&format!("{name}.activation_scale"));
+        tensors.remove(&format!("{name}.input_scale"));
+        let Some(codes) = tensors.get(&key).filter(|codes| codes.array.dtype() == Dtype::Uint8) else { return Ok(()) };
+        let [out, inner] = codes.array.shape()[..] else {
             return Err(GraphError::Weights(format!("tensor `{}` is no matrix", codes.published)));
         };
-        let wanted = [(out + rows - 1) / rows, (inner + columns - 1) / columns];
-        if blocks != wanted {
-            let name = &scales.published;
-            return Err(GraphError::Weights(format!("tensor `{name}` has shape {blocks:?}, not {wanted:?}")));
+        let wanted = match fp8 {
+            Fp8::Whole => Vec::new(),
+            Fp8::Blocks([rows, columns]) => vec![(out + rows - 1) / rows, (inner + columns - 1) / columns],
+        };
+        let Some(scales) = tensors.remove(&scales_key) else {
+            return Err(GraphError::Weights(format!("tensor `{missing}` of shape {wanted:?} is missing")));
+        };
+        if scales.array.shape() != wanted && (fp8 != Fp8::Whole || scales.array.size() != 1) {
+            let (name, found) = (&scales.published, scales.array.shape());
+            return Err(GraphError::Weights(format!("tensor `{name}` has shape {found:?}, not {wanted:?}")));
         }
-        let spread = ops::repeat_axis::<f32>(scales.array.as_dtype(Dtype::Float32)?, rows, 0)?;
-        let spread = ops::repeat_axis::<f32>(spread, columns, 1)?;
-        let spread = ffi::slice(&spread, [0, 0], [out, inner])?;
-        codes.array = ffi::from_fp8(&codes.array, Dtype::Float32)?.multiply(spread)?.as_dtype(dtype)?;
+        let scales = scales.array.as_dtype(Dtype::Float32)?;
+        let scales = match fp8 {
+            Fp8::Whole => scales.reshape(&[1, 1])?,
+            Fp8::Blocks([rows, columns]) => {
+                let spread = ops::repeat_axis::<f32>(ops::repeat_axis::<f32>(scales, rows, 0)?, columns, 1)?;
+                ffi::slice(&spread, [0, 0], [out, inner])?
+            }
+        };
+        if let Some(codes) = tensors.get_mut(&key) {
+            codes.array = ffi::from_fp8(&codes.array, Dtype::Float32)?.multiply(scales)?.as_dtype(dtype)?;
+        }
+        Ok(())
+    }
+
+    /// A stack of matrices published the other way round, `[count, in, out]` and without `.weight`, becomes
+    /// `{name}.weight`; its `{name}_bias` becomes `{name}.bias`. Does nothing where there is none.
+    pub fn turn_stack(&mut self, name: &str) -> Result<(), GraphError> {
+        let Some(tensors) = self.tensors() else { return Ok(()) };
+        let Some(Tensor { array, published }) = tensors.remove(name) else { return Ok(()) };
+        let array = array.swap_axes(-1, -2)?.contiguous()?;
+        tensors.insert(format!("{name}.weight"), Tensor { array, published });
+        if let Some(bias) = tensors.remove(&format!("{name}_bias")) {
+            tensors.insert(format!("{name}.bias"), bias);
+        }
+        for (ending, to) in [("", ".weight"), ("_bias", ".bias")] {
+            let (from, to) = (format!("{name}{ending}"), format!("{name}{to}"));
+            self.renamed.push(Renamed { from, to, places: None });
+        }
         Ok(())
     }
 }

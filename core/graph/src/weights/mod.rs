@@ -13,7 +13,7 @@ use mesh_core::DeviceKind;
 use mlx_rs::{Array, Dtype, random};
 use serde_json::Value;
 
-pub use layout::NUMBERED_EXPERTS;
+pub use layout::MIXTRAL_NAMES;
 
 use crate::{
     ffi::{self, Mode, Packed},
@@ -26,7 +26,7 @@ use crate::{
 pub struct Placement {
     /// The device that will compute.
     pub device: DeviceKind,
-    /// Floats are converted to this type; `None` keeps the checkpoint's.
+    /// Floats are converted to this type; `None` stands for the one that most of the checkpoint's floats have.
     pub floats: Option<Dtype>,
     /// Unpack quantized matrices at load.
     pub dequantize: bool,
@@ -92,6 +92,9 @@ impl Weights {
             }
         }
         let quantization = QuantizationTable::read(config)?;
+        // One type for all: a single f32 norm would make f32 of all that follows it.
+        let floats = placement.floats.or_else(|| prevailing(tensors.values()));
+        let placement = Placement { floats, ..placement };
         let (taken, renamed) = (Vec::new(), Vec::new());
         Ok(Self { source: Source::Files(tensors), quantization, placement, taken, renamed })
     }
@@ -101,6 +104,7 @@ impl Weights {
         ffi::init();
         random::seed(seed)?;
         let quantization = scheme.map(QuantizationTable::uniform).unwrap_or_default();
+        let placement = Placement { floats: placement.floats.or(Some(dtype)), ..placement };
         let (taken, renamed) = (Vec::new(), Vec::new());
         Ok(Self { source: Source::Random { dtype, scheme }, quantization, placement, taken, renamed })
     }
@@ -133,8 +137,8 @@ impl Weights {
         }
     }
 
-    /// Takes a tensor of plain floats.
-    pub fn take(&mut self, name: &str, shape: &[i32]) -> Result<Array, GraphError> {
+    /// Takes a tensor as it is stored, floats in the type they are held in.
+    fn take_stored(&mut self, name: &str, shape: &[i32]) -> Result<Array, GraphError> {
         let array = match &mut self.source {
             Source::Files(tensors) => match tensors.remove(name) {
                 Some(tensor) => tensor.array,
@@ -162,6 +166,27 @@ impl Weights {
         Ok(array)
     }
 
+    /// Takes a tensor that is computed with in f32, whatever the others are.
+    pub fn take_f32(&mut self, name: &str, shape: &[i32]) -> Result<Array, GraphError> {
+        let floats = self.placement.floats.replace(Dtype::Float32);
+        let taken = self.take(name, shape);
+        self.placement.floats = floats;
+        let array = taken?.as_dtype(Dtype::Float32)?;
+        Ok(array)
+    }
+
+    /// Takes a tensor that has to hold floats.
+    pub fn take(&mut self, name: &str, shape: &[i32]) -> Result<Array, GraphError> {
+        let array = self.take_stored(name, shape)?;
+        match is_float(array.dtype()) {
+            true => Ok(array),
+            false => {
+                let (name, dtype) = (self.published(name), array.dtype());
+                Err(GraphError::Weights(format!("tensor `{name}` holds {dtype:?}, not floats")))
+            }
+        }
+    }
+
     /// Takes a matrix `{name}.weight` of `[out, in]`, packed or plain.
     pub fn take_matrix(&mut self, name: &str, out: i32, inner: i32) -> Result<Matrix, GraphError> {
         self.take_matrices(name, &[out], inner)
@@ -187,10 +212,10 @@ impl Weights {
             self.random_packed(&shape((bits / 32) as i32), &groups, inner, scheme, dtype)?
         } else {
             Packed {
-                weight: self.take(&format!("{name}.weight"), &shape((bits / 32) as i32))?,
-                scales: self.take(&format!("{name}.scales"), &groups)?,
+                weight: self.take_stored(&format!("{name}.weight"), &shape((bits / 32) as i32))?,
+                scales: self.take_stored(&format!("{name}.scales"), &groups)?,
                 biases: match scheme.mode.has_biases() {
-                    true => Some(self.take(&format!("{name}.biases"), &groups)?),
+                    true => Some(self.take_stored(&format!("{name}.biases"), &groups)?),
                     false => None,
                 },
                 group_size: scheme.group_size,
@@ -208,7 +233,8 @@ impl Weights {
         Ok(Matrix::Plain(plain))
     }
 
-    fn dequantized(&self, packed: &Packed) -> Result<Array, GraphError> {
+    /// The plain values of a packed matrix, in the type that floats are held in.
+    pub(crate) fn dequantized(&self, packed: &Packed) -> Result<Array, GraphError> {
         let plain = ffi::dequantize(packed)?;
         Ok(match self.placement.floats {
             Some(dtype) => plain.as_dtype(dtype)?,
@@ -279,6 +305,18 @@ pub enum Matrix {
     Plain(Array),
     /// Quantized.
     Packed(Packed),
+}
+
+/// The type of most floats, by bytes.
+fn prevailing<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Option<Dtype> {
+    let mut bytes = [(Dtype::Bfloat16, 0), (Dtype::Float16, 0), (Dtype::Float32, 0)];
+    for Tensor { array, .. } in tensors {
+        if let Some((_, sum)) = bytes.iter_mut().find(|(dtype, _)| *dtype == array.dtype()) {
+            *sum += array.nbytes();
+        }
+    }
+    let (dtype, most) = bytes.into_iter().max_by_key(|(_, sum)| *sum)?;
+    (most > 0).then_some(dtype)
 }
 
 fn is_float(dtype: Dtype) -> bool {

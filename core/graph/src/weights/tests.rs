@@ -115,12 +115,33 @@ fn fp8_scales_that_do_not_fit_are_named() {
 }
 
 #[test]
-fn fp8_without_blocks_is_refused() {
+fn fp8_with_one_scale_is_unpacked() {
     let folder = tempfile::tempdir().expect("a folder");
-    let path = file(&folder, &[("a.weight", Stored::F32, &[1], floats(&[1.0]))]);
-    let config = json!({ "quantization_config": { "quant_method": "fp8" } });
-    let error = Weights::open(&[path], &config, Placement::cpu(false)).err().expect("a refusal").to_string();
-    assert!(error.contains("`weight_block_size`"), "{error}");
+    let codes = codes(12);
+    let path = file(
+        &folder,
+        &[
+            ("a.weight", Stored::F8_E4M3, &[4, 3], codes.clone()),
+            ("a.weight_scale_inv", Stored::F32, &[], floats(&[0.5])),
+            ("a.activation_scale", Stored::F32, &[], floats(&[3.0])),
+        ],
+    );
+    let config = json!({ "quantization_config": { "quant_method": "fp8", "weight_block_size": null } });
+    let mut weights = open(path, &config);
+    let Matrix::Plain(plain) = weights.take_matrix("a", 4, 3).expect("a matrix") else { panic!("still packed") };
+    assert_eq!(values(&plain), codes.iter().map(|code| 0.5 * e4m3(*code)).collect::<Vec<_>>());
+    weights.finish().expect("nothing is left");
+}
+
+/// Codes without a scale, or without a word in config.json, are not taken for numbers.
+#[test]
+fn codes_are_not_floats() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = file(&folder, &[("a.weight", Stored::F8_E4M3, &[4, 3], codes(12))]);
+    let error = open(path.clone(), &fp8()).take_matrix("a", 4, 3).expect_err("no scale").to_string();
+    assert!(error.contains("`a.weight_scale_inv` of shape [2, 1] is missing"), "{error}");
+    let error = open(path, &Value::Null).take_matrix("a", 4, 3).expect_err("codes").to_string();
+    assert!(error.contains("`a.weight` holds Uint8, not floats"), "{error}");
 }
 
 /// Every mode: a product with packed weights is a product with what they unpack to, and the loader keeps both.
