@@ -176,6 +176,7 @@ fn compare(
 /// Logits of every position, `[time, vocab]`, computed `chunk` tokens at a time.
 fn logits(model: &dyn CausalModel, ids: &[u32], chunk: usize) -> Result<Array, VerifyError> {
     let mut cache = model.new_cache();
+    cache.expect(ids.len() as i32);
     let mut rows = Vec::new();
     for chunk in ids.chunks(chunk) {
         let tokens = Array::from_slice(chunk, &[1, chunk.len() as i32]);

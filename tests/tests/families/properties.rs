@@ -159,6 +159,28 @@ fn a_restored_snapshot_goes_on_as_before() {
     });
 }
 
+/// Rows of one batch may stand on both sides of the length at which longrope changes.
+#[test]
+fn rows_on_both_sides_of_a_length_limit_are_each_alone() {
+    let Some(root) = shared("rows_on_both_sides_of_a_length_limit", "golden/phi3_longrope") else { return };
+    let _device = device();
+    let mut profile = profile(&root);
+    profile.config["original_max_position_embeddings"] = json!(12);
+    let (model, ids) = (model(&profile), prompt(&root));
+    assert_eq!(model.length_limit(), Some(12));
+    let (long, short) = (&ids[..], &ids[..9]);
+    let padded = [&vec![0; long.len() - short.len()][..], short].concat();
+    let mut cache = Cache::padded(&model.layout(), &[0, (long.len() - short.len()) as i32]);
+    let together = run(&*model, &mut cache, &[long, &padded]);
+    let alone = |ids: &[u32]| run_one(&*model, &mut model.new_cache(), ids);
+    assert!(difference(&together[0], &alone(long)) < 2e-4);
+    assert!(difference(&rows(&together[1], long.len() - short.len(), long.len()), &alone(short)) < 2e-4);
+    // The limit shows: told of a long sequence, the short one is computed differently.
+    let mut told = model.new_cache();
+    told.expect(long.len() as i32);
+    assert!(difference(&run_one(&*model, &mut told, short), &alone(short)) > TELLS);
+}
+
 /// The part of a config that describes the language model.
 fn text_config(config: &mut Value) -> &mut Value {
     match config.get("text_config").is_some() {

@@ -109,3 +109,43 @@ fn tensors_left_over_are_listed() {
         assert!(error.contains("does not use") && listed, "{name}: {error}");
     }
 }
+
+/// Settings that no model has are refused or fail to load; none panics, hangs or takes the memory it names.
+#[test]
+fn hostile_settings_do_no_harm() {
+    let Some(root) = shared("hostile_settings_do_no_harm", "golden") else { return };
+    let _device = device();
+    let hostile =
+        [json!(u64::MAX), json!(4e9), json!(1 << 20), json!(-1), json!(0), json!(null), json!("x"), json!([])];
+    let mut accepted = 0;
+    for name in names(&root).into_iter().filter(|name| !name.contains('-')) {
+        let profile = profile(&root.join(&name));
+        let family = family_of(&profile);
+        let config = &profile.config;
+        let text = config.get("text_config").unwrap_or(config).as_object().expect("an object");
+        let mut settings: Vec<Vec<&str>> = text.keys().map(|key| vec![key.as_str()]).collect();
+        for (key, value) in text {
+            let inner = value.as_object().into_iter().flat_map(|inner| inner.keys());
+            settings.extend(inner.map(|inner| vec![key.as_str(), inner.as_str()]));
+        }
+        for path in &settings {
+            for value in &hostile {
+                let changed = match path[..] {
+                    [key] => with(config, key, value.clone()),
+                    [key, inner] => {
+                        let mut whole = text[key].clone();
+                        whole[inner] = value.clone();
+                        with(config, key, whole)
+                    }
+                    _ => continue,
+                };
+                if accepts(&profile, changed.clone()).is_ok() {
+                    accepted += 1;
+                    // Weights of other shapes are an error; what is left must be a model.
+                    let _ = graph(family, &changed, &mut weights(&profile));
+                }
+            }
+        }
+    }
+    assert!(accepted > 0, "settings that do not matter are accepted");
+}
