@@ -227,7 +227,7 @@ async fn bad_checkpoints_are_errors() {
         }
     };
     let missing = refused(|profile| profile.config["num_hidden_layers"] = json!(4)).await;
-    assert!(missing.contains("`model.layers.3.self_attn.q_proj.weight` of shape [64, 64] is missing"), "{missing}");
+    assert!(missing.contains("`model.layers.3.mlp.gate_proj.weight` of shape [128, 64] is missing"), "{missing}");
     let left = refused(|profile| profile.config["num_hidden_layers"] = json!(2)).await;
     assert!(left.contains("does not use") && left.contains("`model.layers.2.mlp.down_proj.weight`"), "{left}");
     let shape = refused(|profile| profile.config["intermediate_size"] = json!(130)).await;

@@ -256,18 +256,24 @@ impl Layer {
     }
 
     fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
-        if let (Some(fused), Some(attention), true) = (&self.fused, self.mixer.as_attention(), pass.is_single()) {
+        if let (Some(fused), Some(attention), true) = (&self.fused, self.mixer.as_attention(), pass.is_single())
+            && fused.dtype() == x.dtype()
+        {
             return fused.forward(x, attention, cache, pass);
         }
-        let mixed = self.mixer.forward(&normed(&self.before_mixer, x)?, cache, pass)?;
+        let mixed = match &self.before_mixer {
+            Some(norm) => self.mixer.forward(&norm.forward(x)?, cache, pass)?,
+            None => self.mixer.forward(x, cache, pass)?,
+        };
         let x = self.add(x, &normed(&self.after_mixer, &mixed)?)?;
         let fed = self.mlp.forward(&x, self.before_mlp.as_ref())?;
         self.add(&x, &normed(&self.after_mlp, &fed)?)
     }
 }
 
+/// What goes back into the stream stays as wide as it is.
 fn normed(norm: &Option<RmsNorm>, x: &Array) -> Result<Array, Exception> {
-    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
+    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward_wide(x))
 }
 
 /// `x + y`, in f16 held at the end of the range rather than becoming infinite.

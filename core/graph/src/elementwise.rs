@@ -35,15 +35,19 @@ pub fn softplus(x: &Array) -> Result<Array, Exception> {
 /// GELU by its approximation with tanh.
 pub fn gelu_tanh(x: &Array) -> Result<Array, Exception> {
     let dtype = x.dtype();
+    // Half floats would be rounded at each of these.
+    let x = &x.as_dtype(Dtype::Float32)?;
     let cube = x.multiply(x)?.multiply(x)?;
     let inner = scale(&x.add(scale(&cube, 0.044_715)?)?, (2.0 / std::f32::consts::PI).sqrt())?;
-    scale(&x.multiply(ops::tanh(inner)?.add(scalar(1.0, dtype)?)?)?, 0.5)
+    scale(&x.multiply(ops::tanh(inner)?.add(Array::from_f32(1.0))?)?, 0.5)?.as_dtype(dtype)
 }
 
 /// GELU by the error function.
 pub fn gelu(x: &Array) -> Result<Array, Exception> {
+    let dtype = x.dtype();
+    let x = &x.as_dtype(Dtype::Float32)?;
     let erf = ops::erf(scale(x, std::f32::consts::FRAC_1_SQRT_2)?)?;
-    scale(&x.multiply(erf.add(scalar(1.0, x.dtype())?)?)?, 0.5)
+    scale(&x.multiply(erf.add(Array::from_f32(1.0))?)?, 0.5)?.as_dtype(dtype)
 }
 
 /// `hidden_act` or `hidden_activation`, under the checkpoints' names.

@@ -40,13 +40,12 @@ impl ExpertActivation {
             Self::Gated(activation) => activation.forward(gate)?.multiply(up),
             Self::Clipped { limit, alpha } => {
                 // Half floats would be rounded at each of these.
-                let dtype = gate.dtype();
                 let (gate, up) = (gate.as_dtype(Dtype::Float32)?, up.as_dtype(Dtype::Float32)?);
                 let (most, least) = (Array::from_f32(limit), Array::from_f32(-limit));
                 let gate = ops::minimum(gate, &most)?;
                 let up = ops::maximum(ops::minimum(up, &most)?, least)?;
                 let gated = gate.multiply(ops::sigmoid(gate.multiply(Array::from_f32(alpha))?)?)?;
-                up.add(Array::from_f32(1.0))?.multiply(gated)?.as_dtype(dtype)
+                up.add(Array::from_f32(1.0))?.multiply(gated)
             }
         }
     }
@@ -85,7 +84,7 @@ impl SwitchGlu {
     }
 
     /// What each of the chosen experts (`[batch, time, top_k]`) makes of `x` (`[batch, time, hidden]`), summed with
-    /// `weights`: `[batch, time, hidden]`.
+    /// `weights`: `[batch, time, hidden]`, f32.
     pub fn forward(&self, x: &Array, chosen: &Array, weights: &Array) -> Result<Array, Exception> {
         let (hidden, top_k) = (x.dim(-1), chosen.dim(-1));
         let out = if chosen.size() < SORT_FROM {
@@ -103,13 +102,14 @@ impl SwitchGlu {
             indexing::take_axis(&out, &back, 0)?.reshape(&shape)?
         };
         // Weights are f32, and so is the sum.
-        out.multiply(weights.expand_dims(-1)?)?.sum_axis(-2, false)?.as_dtype(x.dtype())
+        out.multiply(weights.expand_dims(-1)?)?.sum_axis(-2, false)
     }
 
     fn experts(&self, x: &Array, chosen: &Array, sorted: bool) -> Result<Array, Exception> {
         let gate = self.gate_proj.forward(x, chosen, sorted)?;
         let up = self.up_proj.forward(x, chosen, sorted)?;
-        self.down_proj.forward(&self.activation.forward(&gate, &up)?, chosen, sorted)
+        let inner = self.activation.forward(&gate, &up)?.as_dtype(x.dtype())?;
+        self.down_proj.forward(&inner, chosen, sorted)
     }
 }
 
@@ -128,6 +128,7 @@ pub struct ExpertSizes {
 #[derive(Debug)]
 struct SwitchLinear {
     weight: SwitchWeight,
+    /// F32, and what is added to becomes so.
     bias: Option<Array>,
 }
 
@@ -151,7 +152,7 @@ impl SwitchLinear {
             Matrix::Packed(packed) => SwitchWeight::Packed(packed),
         };
         let bias = match bias {
-            Bias::Yes => Some(weights.take(&format!("{name}.switch_mlp.{part}.bias"), &[experts, out])?),
+            Bias::Yes => Some(weights.take_f32(&format!("{name}.switch_mlp.{part}.bias"), &[experts, out])?),
             Bias::No => None,
         };
         Ok(Self { weight, bias })

@@ -155,7 +155,7 @@ impl Experts {
         let [router, before, mlp, after] = &self.norms;
         let seen = scale(&router.forward_wide(x)?, 1.0 / (x.dim(-1) as f32).sqrt())?;
         let out = self.moe.forward_routed(&before.forward(x)?, &seen)?;
-        mlp.forward(fed)?.add(after.forward(&out)?)
+        mlp.forward(fed)?.add(after.forward_wide(&out)?)
     }
 }
 
@@ -204,7 +204,7 @@ impl Gemma4Layer {
         let x = add_clipped(x, &after.forward(mixed)?)?;
         let fed = self.mlp.forward(&before_mlp.forward(&x)?)?;
         let fed = self.experts.as_ref().map_or(Ok(fed.clone()), |experts| experts.add_to(&fed, &x))?;
-        let mut x = add_clipped(&x, &after_mlp.forward(&fed)?)?;
+        let mut x = add_clipped(&x, &after_mlp.forward_wide(&fed)?)?;
         if let (Some((gate, projection, norm)), Some(own)) = (&self.own_input, own) {
             let gated = Activation::GeluTanh.forward(&gate.forward(&x)?)?.multiply(own)?;
             x = add_clipped(&x, &norm.forward(&projection.forward(&gated)?)?)?;

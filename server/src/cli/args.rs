@@ -254,7 +254,7 @@ pub struct VerifyArgs {
     /// GGUF the largest difference of log-probabilities between two choices that may fall either way; 0.05 if absent
     #[arg(long, value_name = "NUMBER", value_parser = positive)]
     pub tolerance: Option<f32>,
-    /// Where to compute. On an NVIDIA GPU, MLX multiplies f32 coarsely (TF32) unless MLX_ENABLE_TF32=0 is set
+    /// Where to compute
     #[arg(long, value_enum, default_value_t, value_name = "DEVICE")]
     pub device: BenchDevice,
     /// Compute in bf16, and compare the median over positions of each one's largest difference

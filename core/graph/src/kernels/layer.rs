@@ -18,6 +18,7 @@ use crate::{
 /// A layer's decode step in six launches and attention.
 #[derive(Debug)]
 pub struct FusedLayer {
+    dtype: Dtype,
     qkv: Matvec,
     heads: Heads,
     o_proj: Matvec,
@@ -49,7 +50,12 @@ impl FusedLayer {
         else {
             return Ok(None);
         };
-        Ok(Some(Self { qkv, heads, o_proj, gate_up, down_proj }))
+        Ok(Some(Self { dtype, qkv, heads, o_proj, gate_up, down_proj }))
+    }
+
+    /// The type of the stream that the kernels read and write.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// `x` is `[1, 1, hidden]`.
