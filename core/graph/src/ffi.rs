@@ -76,24 +76,15 @@ pub fn quantized_matmul(x: &Array, w: &Packed) -> Result<Array, Exception> {
         let plain = dequantize(w)?.as_dtype(x.dtype())?;
         return mlx_rs::ops::matmul(x, plain.swap_axes(-1, -2)?);
     }
-    op("quantized_matmul", |out, stream| unsafe {
-        mlx_sys::mlx_quantized_matmul(
-            out,
-            x.as_ptr(),
-            w.weight.as_ptr(),
-            w.scales.as_ptr(),
-            pointer(w.biases.as_ref()),
-            true,
-            int(w.group_size),
-            int(w.bits),
-            w.mode.name().as_ptr(),
-            stream,
-        )
-    })
+    multiply_packed(x, w, true)
 }
 
 /// `x · W` for a packed stack of matrices `[n, out, in]` that `x`, `[…, n, time, out]`, is multiplied with one by one.
 pub fn quantized_matmul_untransposed(x: &Array, w: &Packed) -> Result<Array, Exception> {
+    multiply_packed(x, w, false)
+}
+
+fn multiply_packed(x: &Array, w: &Packed, transpose: bool) -> Result<Array, Exception> {
     op("quantized_matmul", |out, stream| unsafe {
         mlx_sys::mlx_quantized_matmul(
             out,
@@ -101,7 +92,7 @@ pub fn quantized_matmul_untransposed(x: &Array, w: &Packed) -> Result<Array, Exc
             w.weight.as_ptr(),
             w.scales.as_ptr(),
             pointer(w.biases.as_ref()),
-            false,
+            transpose,
             int(w.group_size),
             int(w.bits),
             w.mode.name().as_ptr(),

@@ -143,12 +143,20 @@ impl Pass {
         if let Some(cap) = how.softcap {
             return self.attend_capped(q, k, v, how.scale, cap, how.window);
         }
-        let sinks = how.sinks.map(|sinks| sinks.as_dtype(q.dtype())).transpose()?;
-        let how = Attend { sinks: sinks.as_ref(), ..*how };
+        // MLX's fused kernels keep scores and weights in f32, and begin at heads of this size; below, it would round both
+        // to half floats.
+        const FUSED_FROM: i32 = 64;
+        let dtype = q.dtype();
+        if q.dim(-1) < FUSED_FROM && dtype != Dtype::Float32 {
+            let [q, k, v] = [q.as_dtype(Dtype::Float32)?, k.as_dtype(Dtype::Float32)?, v.as_dtype(Dtype::Float32)?];
+            return self.attend(&q, &k, &v, how)?.as_dtype(dtype);
+        }
+        let sinks = how.sinks.map(|sinks| sinks.as_dtype(dtype)).transpose()?;
+        let sinks = sinks.as_ref();
         match &seen {
-            Seen::All => fast::scaled_dot_product_attention(q, k, v, how.scale, None, how.sinks),
-            Seen::Causal => fast::scaled_dot_product_attention(q, k, v, how.scale, Mask::Causal, how.sinks),
-            Seen::Masked(mask) => fast::scaled_dot_product_attention(q, k, v, how.scale, mask, how.sinks),
+            Seen::All => fast::scaled_dot_product_attention(q, k, v, how.scale, None, sinks),
+            Seen::Causal => fast::scaled_dot_product_attention(q, k, v, how.scale, Mask::Causal, sinks),
+            Seen::Masked(mask) => fast::scaled_dot_product_attention(q, k, v, how.scale, mask, sinks),
         }
     }
 
