@@ -247,7 +247,7 @@ impl Moe {
         Ok(Self { spec: spec.router, gate, correction_bias, per_expert_scale, experts: stack, shared, shared_gate })
     }
 
-    /// `[batch, time, hidden]` to the same.
+    /// `[batch, time, hidden]` to the same, in f32.
     pub fn forward(&self, x: &Array) -> Result<Array, Exception> {
         self.forward_routed(x, x)
     }

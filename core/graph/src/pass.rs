@@ -139,7 +139,6 @@ impl Pass {
     /// Causal attention of `q` (`[batch, heads, time, head_dim]`) over `k` and `v` (`[batch, kv_heads, length, …]`),
     /// whose last columns are the queries' own. Of one query's window, `k` and `v` hold no more than the window.
     pub fn attend(&self, q: &Array, k: &Array, v: &Array, how: &Attend<'_>) -> Result<Array, Exception> {
-        let seen = self.mask_of(how.window, k.dim(2))?;
         if let Some(cap) = how.softcap {
             return self.attend_capped(q, k, v, how.scale, cap, how.window);
         }
@@ -153,7 +152,7 @@ impl Pass {
         }
         let sinks = how.sinks.map(|sinks| sinks.as_dtype(dtype)).transpose()?;
         let sinks = sinks.as_ref();
-        match &seen {
+        match &self.mask_of(how.window, k.dim(2))? {
             Seen::All => fast::scaled_dot_product_attention(q, k, v, how.scale, None, sinks),
             Seen::Causal => fast::scaled_dot_product_attention(q, k, v, how.scale, Mask::Causal, sinks),
             Seen::Masked(mask) => fast::scaled_dot_product_attention(q, k, v, how.scale, mask, sinks),

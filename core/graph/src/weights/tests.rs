@@ -211,3 +211,22 @@ fn rows_are_split_and_reordered() {
     let error = opened().split_rows("gate_up", 3, &[("gate", 1), ("up", 1)]).expect_err("missing").to_string();
     assert!(error.contains("`gate_up.weight` of shape [2, 3] is missing"), "{error}");
 }
+
+/// A few floats of another type become what most are, but for those that are computed with in f32.
+#[test]
+fn floats_have_one_type() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = file(
+        &folder,
+        &[
+            ("a.weight", Stored::BF16, &[4, 8], vec![0; 64]),
+            ("norm.weight", Stored::F32, &[8], floats(&[1.0; 8])),
+            ("A_log", Stored::F32, &[1], floats(&[0.1])),
+        ],
+    );
+    let placement = Placement { floats: None, ..Placement::cpu(false) };
+    let mut weights = Weights::open(&[path], &Value::Null, placement).expect("weights");
+    assert_eq!(weights.take("norm.weight", &[8]).expect("a norm").dtype(), Dtype::Bfloat16);
+    let exact = weights.take_f32("A_log", &[1]).expect("a rate");
+    assert_eq!(values(&exact), [0.1], "never rounded on the way");
+}
