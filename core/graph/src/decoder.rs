@@ -14,7 +14,7 @@ use crate::{
     mla::LatentAttention,
     mlp::Mlp,
     model::{CausalModel, GraphError, Rows},
-    moe::Moe,
+    moe::{Moe, MoeSpec},
     norm::{NormWeight, RmsNorm},
     pass::Pass,
     weights::Weights,
@@ -95,6 +95,19 @@ pub enum FeedForward {
 }
 
 impl FeedForward {
+    /// Takes what stands at `{name}`: the mixture that is given, or one MLP.
+    pub fn take(
+        weights: &mut Weights,
+        name: &str,
+        config: &DecoderConfig,
+        moe: Option<MoeSpec>,
+    ) -> Result<Self, GraphError> {
+        match moe {
+            Some(moe) => Moe::new(weights, name, config, moe).map(Self::from),
+            None => Mlp::new(weights, name, config).map(Self::from),
+        }
+    }
+
     /// `[batch, time, hidden]`, through `norm` where there is one, to the same. A router sees what the norm gives before
     /// that is rounded.
     fn forward(&self, x: &Array, norm: Option<&RmsNorm>) -> Result<Array, Exception> {

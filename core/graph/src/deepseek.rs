@@ -8,9 +8,8 @@ use crate::{
     config::DecoderConfig,
     decoder::{Decoder, FeedForward, Frame, Layer, NormNames},
     mla::{LatentAttention, LatentSpec},
-    mlp::Mlp,
     model::GraphError,
-    moe::{Moe, MoeSpec},
+    moe::MoeSpec,
     router::{Groups, RouterSpec, Score},
     weights::Weights,
 };
@@ -105,12 +104,8 @@ impl DeepseekMoeConfig {
         config: &DecoderConfig,
         index: usize,
     ) -> Result<FeedForward, GraphError> {
-        let sparse =
-            index >= self.first_k_dense_replace && index.is_multiple_of(self.moe_layer_freq.unwrap_or(1).max(1));
-        match sparse {
-            true => Moe::new(weights, name, config, self.spec()?).map(FeedForward::from),
-            false => Mlp::new(weights, name, config).map(FeedForward::from),
-        }
+        let moe = if self.is_sparse(index)? { Some(self.spec()?) } else { None };
+        FeedForward::take(weights, name, config, moe)
     }
 }
 

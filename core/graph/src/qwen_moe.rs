@@ -6,9 +6,8 @@ use serde::Deserialize;
 use crate::{
     config::DecoderConfig,
     decoder::FeedForward,
-    mlp::Mlp,
     model::GraphError,
-    moe::{Moe, MoeSpec},
+    moe::MoeSpec,
     router::{RouterSpec, Score},
     weights::Weights,
 };
@@ -56,9 +55,8 @@ impl QwenMoeConfig {
         index: usize,
     ) -> Result<FeedForward, GraphError> {
         let step = self.decoder_sparse_step.unwrap_or(1).max(1);
-        match !self.mlp_only_layers.contains(&index) && (index + 1).is_multiple_of(step) {
-            true => Moe::new(weights, name, config, self.spec()?).map(FeedForward::from),
-            false => Mlp::new(weights, name, config).map(FeedForward::from),
-        }
+        let sparse = !self.mlp_only_layers.contains(&index) && (index + 1).is_multiple_of(step);
+        let moe = if sparse { Some(self.spec()?) } else { None };
+        FeedForward::take(weights, name, config, moe)
     }
 }

@@ -4,7 +4,7 @@
 use mesh_core::{Claims, Conventions, ModelFamily, ModelProfile, Thinking};
 use mesh_graph::{
     Attention, AttentionSpec, CacheKind, CausalModel, Decoder, DecoderConfig, FeedForward, Frame, GraphError,
-    GraphFamily, Layer, LayerCache, Linear, Mixer, Mlp, Moe, MoeSpec, MIXTRAL_NAMES, NormNames, NormWeight, Pass,
+    GraphFamily, Layer, LayerCache, Linear, Mixer, MoeSpec, MIXTRAL_NAMES, NormNames, NormWeight, Pass,
     QkNorm, RouterSpec, Score, ShortConv, Weights, accepted,
 };
 use mlx_rs::{Array, error::Exception};
@@ -163,11 +163,8 @@ impl GraphFamily for Lfm2 {
         let qk_norm = QkNorm::PerHead(config.rms_norm_eps, NormWeight::Whole);
         let attention = AttentionSpec { qk_norm, ..config.attention() };
         let layer = |weights: &mut Weights, name: &str, index: usize| {
-            let mlp = format!("{name}.mlp");
-            let mlp: FeedForward = match &moe {
-                Some(moe) if index >= own.num_dense_layers => Moe::new(weights, &mlp, &config, moe.clone())?.into(),
-                _ => Mlp::new(weights, &mlp, &config)?.into(),
-            };
+            let moe = moe.clone().filter(|_| index >= own.num_dense_layers);
+            let mlp = FeedForward::take(weights, &format!("{name}.mlp"), &config, moe)?;
             if is_conv(&config, index)? {
                 let conv = GatedConv::new(weights, &format!("{name}.conv"), config.hidden_size, &own)?;
                 return Layer::new(weights, name, &config, NormNames::PRE, conv, mlp);

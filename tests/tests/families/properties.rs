@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use conformance::shared::shared;
-use mesh_graph::{Cache, CacheKind};
+use mesh_graph::{Cache, CacheKind, CausalModel};
 use serde_json::{Value, json};
 
 use crate::{
@@ -179,6 +179,21 @@ fn rows_on_both_sides_of_a_length_limit_are_each_alone() {
     let mut told = model.new_cache();
     told.expect(long.len() as i32);
     assert!(difference(&run_one(&*model, &mut told, short), &alone(short)) > TELLS);
+}
+
+/// Which layers have experts may be said by a list, as newer configs do, and means the same.
+#[test]
+fn layers_with_experts_may_be_listed() {
+    let Some(root) = shared("layers_with_experts_may_be_listed", "golden/glm4_moe_lite") else { return };
+    let _device = device();
+    let mut listed = profile(&root);
+    let config = listed.config.as_object_mut().expect("an object");
+    config.remove("first_k_dense_replace").expect("what the list replaces");
+    config.insert("mlp_layer_types".into(), json!(["dense", "sparse", "sparse"]));
+    let (counted, listed) = (model(&profile(&root)), model(&listed));
+    let ids = prompt(&root);
+    let logits = |model: &dyn CausalModel| run_one(model, &mut model.new_cache(), &ids);
+    assert_eq!(difference(&logits(&*counted), &logits(&*listed)), 0.0);
 }
 
 /// The part of a config that describes the language model.
