@@ -230,3 +230,21 @@ fn floats_have_one_type() {
     let exact = weights.take_f32("A_log", &[1]).expect("a rate");
     assert_eq!(values(&exact), [0.1], "never rounded on the way");
 }
+
+#[test]
+fn stacks_published_the_other_way_round_are_turned() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = file(
+        &folder,
+        &[
+            ("up", Stored::F32, &[1, 2, 3], floats(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])),
+            ("up_bias", Stored::F32, &[1, 3], floats(&[7.0, 8.0, 9.0])),
+        ],
+    );
+    let mut weights = open(path, &Value::Null);
+    weights.turn_stack("up").expect("turned");
+    let Matrix::Plain(stack) = weights.take_stack("up", 1, 3, 2).expect("a stack") else { panic!("packed") };
+    assert_eq!(values(&stack), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+    assert_eq!(values(&weights.take("up.bias", &[1, 3]).expect("its bias")), [7.0, 8.0, 9.0]);
+    weights.finish().expect("nothing is left");
+}
