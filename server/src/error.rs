@@ -174,6 +174,9 @@ impl ApiError {
             SubmitError::Busy { retry_after, .. } => Self::unavailable("busy", message, Some(retry_after)),
             SubmitError::Gone { .. } => Self::unavailable("engine_gone", message, Some(Duration::from_secs(1))),
             SubmitError::TooLong { .. } => Self::invalid("context_length_exceeded", message).param("messages"),
+            SubmitError::Memory { .. } => {
+                Self::unavailable("out_of_memory", message, Some(Duration::from_secs(5))).param("messages")
+            }
             SubmitError::Empty | SubmitError::UnknownToken { .. } => {
                 Self::invalid("invalid_value", message).param("prompt")
             }

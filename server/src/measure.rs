@@ -69,6 +69,7 @@ async fn run(engine: &dyn Engine, workload: Workload, index: u32) -> Result<Run,
         tokens_max: Some(workload.generate_tokens),
         ignore_eos: true,
         logprobs: None,
+        landmarks: mesh_core::Landmarks::default(),
     };
     let started = Instant::now();
     let mut events = engine.submit(job).await?;
@@ -80,7 +81,7 @@ async fn run(engine: &dyn Engine, workload: Workload, index: u32) -> Result<Run,
                 first.get_or_insert(last);
             }
             Event::Finished { usage, .. } => written = usage.completion_tokens,
-            Event::Prefill { .. } => {}
+            Event::Queued { .. } | Event::Prefill { .. } => {}
         }
     }
     let Some(first) = first.filter(|_| written >= 2) else {

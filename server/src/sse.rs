@@ -58,7 +58,7 @@ fn events(
 ) -> Vec<Event> {
     match part {
         // Time passes while a prompt is read, which the comments of the keep-alive tell.
-        Ok(Part::Prefill { .. }) => Vec::new(),
+        Ok(Part::Queued { .. } | Part::Prefill { .. }) => Vec::new(),
         Ok(Part::Delta(delta)) => match shape {
             Shape::Chat => vec![data(&ChatChunk::delta(envelope, delta))],
             Shape::Text => vec![data(&TextCompletion::delta(envelope, text(delta)))],

@@ -25,6 +25,7 @@ pub fn job(prompt: Prompt, tokens_max: u32) -> Job {
         tokens_max: Some(tokens_max),
         ignore_eos: true,
         logprobs: None,
+        landmarks: mesh_core::Landmarks::default(),
     }
 }
 
@@ -35,6 +36,7 @@ pub async fn run(engine: &dyn Engine, job: Job) -> Result<Answer, EngineError> {
     while let Some(event) = events.next().await {
         assert!(finished.is_none(), "nothing comes after the last event");
         match event? {
+            Event::Queued { .. } => {}
             Event::Prefill { done, total } => assert!(done <= total),
             Event::Token { id } => tokens.push(id),
             Event::Text { text: piece, .. } => text.push_str(&piece),

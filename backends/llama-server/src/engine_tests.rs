@@ -123,7 +123,8 @@ async fn engine(answer: Answer) -> (LlamaEngine, mpsc::UnboundedReceiver<()>) {
 
 fn job(prompt: Prompt) -> Job {
     let sampling = Sampling::greedy();
-    Job { id: "test".into(), prompt, sampling, tokens_max: None, ignore_eos: false, logprobs: None }
+    let landmarks = mesh_core::Landmarks::default();
+    Job { id: "test".into(), prompt, sampling, tokens_max: None, ignore_eos: false, logprobs: None, landmarks }
 }
 
 fn text() -> Job {

@@ -111,6 +111,7 @@ fn job(tokens: Vec<u32>, sampling: Sampling, tokens_max: u32) -> Job {
         tokens_max: Some(tokens_max),
         ignore_eos: true,
         logprobs: None,
+        landmarks: mesh_core::Landmarks::default(),
     }
 }
 

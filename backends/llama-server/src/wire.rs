@@ -277,6 +277,7 @@ mod tests {
             tokens_max: None,
             ignore_eos: false,
             logprobs: None,
+            landmarks: mesh_core::Landmarks::default(),
         }
     }
 

@@ -44,6 +44,19 @@ pub struct Job {
     pub ignore_eos: bool,
     /// Alternatives to report with each token; absent reports no probabilities.
     pub logprobs: Option<u32>,
+    /// Where other prompts are likely to part from this one.
+    pub landmarks: Landmarks,
+}
+
+/// Points of a prompt that are worth remembering, counted in tokens from its start. They change no answer, only how much
+/// of the next prompt is known already.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Landmarks {
+    /// Where messages end, ascending. Templates that rewrite history, as those do that strip old reasoning, keep it up to
+    /// one of these.
+    pub message_ends: Vec<u32>,
+    /// Where what conversations begin with ends: the system prompt and the tools. Kept longest.
+    pub preamble_end: Option<u32>,
 }
 
 impl Job {
@@ -89,6 +102,11 @@ pub struct Timings {
 /// What an engine reports about one job. The stream ends with exactly one [`Event::Finished`] or one error.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The job waits for a place.
+    Queued {
+        /// Jobs before it.
+        ahead: u32,
+    },
     /// The prompt is being read: `done` of `total` tokens.
     Prefill {
         /// Tokens read, cached ones included.

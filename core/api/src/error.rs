@@ -224,6 +224,16 @@ pub enum SubmitError {
         /// Tokens in the context.
         max: u32,
     },
+    /// It would need more memory than there is, now or ever.
+    #[error("the request needs {needed_bytes} bytes of memory for {tokens} tokens, and {available_bytes} can be had")]
+    Memory {
+        /// Tokens of the prompt and the first of the answer.
+        tokens: u32,
+        /// What they take.
+        needed_bytes: u64,
+        /// What there is for requests.
+        available_bytes: u64,
+    },
     /// The prompt is empty.
     #[error("the prompt has no tokens")]
     Empty,

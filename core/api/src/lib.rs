@@ -27,7 +27,9 @@ pub use inventory as __inventory;
 pub use backend::{BackendInfo, Device, DeviceKind, Host, InferenceBackend, LoadPlan, OptIn};
 pub use capability::{Capabilities, Knob, OutputForm, PromptForm};
 pub use election::{Ballot, Elected, ElectionRequest, Offer, Reason, Refusal, Verdict, elect};
-pub use engine::{Engine, EngineHandle, EngineState, Event, EventStream, FinishReason, Job, Prompt, Timings, Usage};
+pub use engine::{
+    Engine, EngineHandle, EngineState, Event, EventStream, FinishReason, Job, Landmarks, Prompt, Timings, Usage,
+};
 pub use error::{ElectionError, EngineError, Hint, LoadError, ProbeError, SubmitError, TemplateError};
 pub use family::{Claims, Conventions, Fingerprint, ModelFamily, Thinking};
 pub use profile::{ChatTemplate, Fact, ModelProfile, Quantization, Source, WeightFormat};

@@ -39,6 +39,11 @@ pub struct Finished {
 /// What an answer's stream yields. It ends with exactly one [`Part::Finished`] or one error.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Part {
+    /// The request waits for a place; so many are before it.
+    Queued {
+        /// Requests before it.
+        ahead: u32,
+    },
     /// The prompt is being read: `done` of `total` tokens.
     Prefill {
         /// Tokens read.
@@ -91,6 +96,7 @@ impl AnswerStream {
 
     fn admit(&mut self, event: Event) {
         match event {
+            Event::Queued { ahead } => self.ready.push_back(Part::Queued { ahead }),
             Event::Prefill { done, total } => {
                 self.usage.prompt_tokens = total;
                 self.ready.push_back(Part::Prefill { done, total });
@@ -196,7 +202,7 @@ pub async fn collect(mut parts: AnswerStream) -> Result<(Answer, Finished), Engi
     let mut deltas = Vec::new();
     while let Some(part) = parts.next().await {
         match part? {
-            Part::Prefill { .. } => {}
+            Part::Queued { .. } | Part::Prefill { .. } => {}
             Part::Delta(delta) => deltas.push(delta),
             Part::Finished(finished) => return Ok((assemble(deltas), finished)),
         }

@@ -78,6 +78,7 @@ pub async fn open(model: &Arc<ServedModel>, ask: Ask) -> Result<AnswerStream, Pi
         tokens_max: ask.tokens_max,
         ignore_eos: ask.ignore_eos,
         logprobs: ask.logprobs,
+        landmarks: mesh_core::Landmarks::default(),
     };
     settle_knobs(model, &mut job)?;
     let prepared = prompt::prepare(model, ask.subject).await?;

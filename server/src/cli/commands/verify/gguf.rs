@@ -156,6 +156,7 @@ async fn continue_all(engine: &dyn Engine, prompts: &[Vec<u32>]) -> Result<Vec<V
             tokens_max: Some(TOKENS as u32),
             ignore_eos: true,
             logprobs: None,
+            landmarks: mesh_core::Landmarks::default(),
         };
         let mut events = engine.submit(job).await.map_err(|error| Failure::new(Exit::Failure, error))?;
         let mut tokens = Vec::with_capacity(TOKENS);
