@@ -1,7 +1,9 @@
 //! The engine contract. Each function takes any engine and a prompt it can answer.
 
 use futures::StreamExt;
-use mesh_core::{Engine, EngineError, Event, FinishReason, Job, Prompt, Sampling, SubmitError, Usage};
+use mesh_core::{
+    Engine, EngineError, Event, EventStream, FinishReason, Job, Landmarks, Prompt, Sampling, SubmitError, Usage,
+};
 
 /// What a finished job said.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,7 +27,7 @@ pub fn job(prompt: Prompt, tokens_max: u32) -> Job {
         tokens_max: Some(tokens_max),
         ignore_eos: true,
         logprobs: None,
-        landmarks: mesh_core::Landmarks::default(),
+        landmarks: Landmarks::default(),
     }
 }
 
@@ -37,7 +39,7 @@ pub async fn run(engine: &dyn Engine, job: Job) -> Result<Answer, EngineError> {
         assert!(finished.is_none(), "nothing comes after the last event");
         match event? {
             Event::Queued { .. } => {}
-            Event::Prefill { done, total } => assert!(done <= total),
+            Event::Prefill { done, total, cached } => assert!(cached <= done && done <= total),
             Event::Token { id } => tokens.push(id),
             Event::Text { text: piece, .. } => text.push_str(&piece),
             Event::Finished { reason, usage, .. } => finished = Some((reason, usage)),
@@ -90,6 +92,85 @@ pub async fn cancels(engine: &dyn Engine, prompt: Prompt) {
     drop(events);
     let next = tokio_timeout(run(engine, job(prompt, 2))).await;
     assert_eq!(next.expect("served").usage.completion_tokens, 2);
+}
+
+/// As many jobs at once as there are places, and more: each answer is the one it has alone, whoever comes and goes.
+pub async fn company(engine: &dyn Engine, prompts: &[Prompt]) {
+    let jobs = |index: usize| {
+        let seeded =
+            Sampling { temperature: Some(1.5), seed: Some(index as u64), top_p: Some(0.95), ..Sampling::default() };
+        let plain = Sampling { temperature: Some(1.0), seed: Some(index as u64), ..Sampling::default() };
+        let narrow = Sampling { top_k: Some(7), min_p: Some(0.01), ..seeded.clone() };
+        let sampling = [Sampling::greedy(), seeded, plain, narrow][index % 4].clone();
+        let tokens_max = 3 + (index as u32 * 5) % 17;
+        Job { sampling, ..job(prompts[index % prompts.len()].clone(), tokens_max) }
+    };
+    let count = 3 * prompts.len();
+    let mut alone = Vec::new();
+    for index in 0..count {
+        alone.push(run(engine, jobs(index)).await.expect("alone"));
+    }
+    let together = futures::future::join_all((0..count).map(|index| async move {
+        if index % 5 == 4 {
+            // Somebody who leaves after a token or two.
+            let mut events = engine.submit(jobs(index)).await.expect("admitted");
+            let left = events.next().await;
+            drop((left, events));
+            return None;
+        }
+        Some(run(engine, jobs(index)).await.expect("in company"))
+    }))
+    .await;
+    for (index, (together, alone)) in together.into_iter().zip(alone).enumerate() {
+        if let Some(together) = together {
+            assert_eq!((together.tokens, together.text), (alone.tokens, alone.text), "job {index}");
+            assert_eq!(together.reason, alone.reason);
+        }
+    }
+}
+
+/// Beyond the places and the queue a job is refused at once, and told when to come again; who waits is told how many are
+/// before it, may leave, and is served in the end.
+pub async fn queues(engine: &dyn Engine, prompt: Prompt) {
+    let capabilities = engine.capabilities();
+    let places = capabilities.requests_parallel_max + capabilities.requests_queued_max;
+    let long = capabilities.context_tokens_max;
+    let mut admitted = Vec::new();
+    for _ in 0..places {
+        admitted.push(engine.submit(job(prompt.clone(), long)).await.expect("a place"));
+    }
+    match engine.submit(job(prompt.clone(), 1)).await.err() {
+        Some(SubmitError::Busy { running, retry_after }) => {
+            assert!(running >= places && !retry_after.is_zero(), "{running} {retry_after:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    if capabilities.requests_queued_max > 0 {
+        let mut last = admitted.pop().expect("one that waits");
+        let told = tokio_timeout(last.next()).await;
+        let ahead = capabilities.requests_queued_max - 1;
+        assert!(matches!(told, Some(Ok(Event::Queued { ahead: told })) if told <= ahead), "{told:?}");
+        // It leaves while it waits: its place is free, soon.
+        drop(last);
+        drop(place(engine, &prompt).await);
+    }
+    drop(admitted);
+    let last = place(engine, &prompt).await.collect::<Vec<_>>().await.pop();
+    assert!(matches!(last, Some(Ok(Event::Finished { .. }))), "{last:?}");
+}
+
+/// A place, as soon as somebody who left is noticed.
+async fn place(engine: &dyn Engine, prompt: &Prompt) -> EventStream {
+    tokio_timeout(async {
+        loop {
+            match engine.submit(job(prompt.clone(), 2)).await {
+                Ok(events) => return events,
+                Err(SubmitError::Busy { .. }) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+                Err(other) => panic!("{other}"),
+            }
+        }
+    })
+    .await
 }
 
 async fn tokio_timeout<T>(work: impl Future<Output = T>) -> T {

@@ -6,8 +6,8 @@ use conformance::{engine, shared::shared};
 use futures::StreamExt;
 use mesh_backend_mlx as _;
 use mesh_core::{
-    DeviceKind, EngineError, EngineHandle, EngineState, Fact, InferenceBackend, LoadError, LoadPlan, ModelProfile,
-    ProgressSink, Prompt, Quantization, Sampling, Source, SubmitError, Verdict, WeightFormat, registry,
+    DeviceKind, EngineError, EngineHandle, EngineState, Fact, InferenceBackend, Job, Landmarks, LoadError, LoadPlan,
+    ModelProfile, ProgressSink, Prompt, Quantization, Sampling, Source, SubmitError, Verdict, WeightFormat, registry,
 };
 use mesh_families as _;
 use mesh_graph::{Placement, Rows, Weights, ffi, graph_families};
@@ -79,50 +79,146 @@ async fn keeps_the_contract() {
     assert!(matches!(late, Some(SubmitError::Gone { .. })), "{late:?}");
 }
 
+/// A golden of each kind of cache, and how much of a prompt is known that leaves a known one half-way, without a landmark
+/// there: nothing where windows and states do not go back.
+const KINDS: [(&str, u32); 12] = [
+    ("llama", 13),
+    ("qwen2", 13),
+    ("qwen3", 13),
+    ("llama-q4", 13),
+    ("deepseek_v3", 13),
+    ("mistral_window", 0),
+    ("gemma3_text", 0),
+    ("gemma4_e", 0),
+    ("gpt_oss", 0),
+    ("qwen3_next", 0),
+    ("kimi_linear", 0),
+    ("lfm2", 0),
+];
+
 #[tokio::test]
 async fn generates_what_the_goldens_say() {
-    // What is known of a prompt that leaves it half-way; states of recurrences and convolutions do not go back.
-    let goldens = [
-        ("llama", 13),
-        ("qwen2", 13),
-        ("qwen3", 13),
-        ("llama-q4", 13),
-        ("mistral_window", 13),
-        ("gemma3_text", 13),
-        ("gemma4_e", 13),
-        ("gpt_oss", 13),
-        ("deepseek_v3", 13),
-        ("qwen3_next", 0),
-        ("kimi_linear", 0),
-        ("lfm2", 0),
-    ];
-    for (name, known) in goldens {
+    for (name, half) in KINDS {
         let Some(root) = shared("generates_what_the_goldens_say", &format!("golden/{name}")) else { return };
         let (prompt, greedy) = reference(&root);
         for chunk in [2048, 5, 1] {
             let mut settings = cpu();
             settings["prefill_chunk_tokens"] = json!(chunk);
             let engine = load(&root, settings).await;
-            let fresh =
-                engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
+            let answer = async |tokens: &[u32], count, landmarks: &[u32]| {
+                let landmarks = Landmarks { message_ends: landmarks.to_vec(), preamble_end: None };
+                let job = Job { landmarks, ..engine::job(Prompt::Tokens(tokens.to_vec()), count) };
+                engine::run(&*engine, job).await.expect("an answer")
+            };
+            let fresh = answer(&prompt, 16, &[]).await;
             assert_eq!(fresh.tokens, greedy, "{name} in chunks of {chunk}");
             assert_eq!((fresh.usage.prompt_tokens, fresh.usage.cached_tokens), (24, 0));
             // A prompt that leaves the known one half-way: what was computed beyond must not show.
-            let mut other = prompt.clone();
-            other.truncate(13);
-            other.extend([7, 8, 9]);
-            engine::run(&*engine, engine::job(Prompt::Tokens(other), 4)).await.expect("an answer");
-            let again =
-                engine::run(&*engine, engine::job(Prompt::Tokens(prompt.clone()), 16)).await.expect("an answer");
+            let other = [&prompt[..13], &[7, 8, 9]].concat();
+            let left = answer(&other, 4, &[]).await;
+            assert_eq!(left.usage.cached_tokens, half, "{name} in chunks of {chunk}");
+            // Both are known now, each whole.
+            let again = answer(&prompt, 16, &[]).await;
             assert_eq!(again.tokens, greedy, "{name} from a known prefix");
-            assert_eq!(again.usage.cached_tokens, known, "{name}");
+            assert_eq!(again.usage.cached_tokens, 23, "{name}");
+            assert_eq!(answer(&other, 4, &[]).await, known(&left, 15));
             // A conversation that goes on is known whole, whatever the cache.
             let held = [&prompt[..], &greedy[..15]].concat();
             let next = [&held[..], &[7, 8, 9]].concat();
-            let more = engine::run(&*engine, engine::job(Prompt::Tokens(next), 2)).await.expect("an answer");
+            let more = answer(&next, 2, &[]).await;
             assert_eq!(more.usage.cached_tokens as usize, held.len(), "{name}");
+            // With a landmark, a prompt may leave there, whatever the cache.
+            let marked = [&[3, 1, 4, 1, 5, 9, 2, 6][..], &prompt].concat();
+            answer(&marked, 4, &[6, 11]).await;
+            let leaves = [&marked[..11], &[7, 8]].concat();
+            let (marked_again, left) = (answer(&marked, 4, &[]).await, answer(&leaves, 4, &[]).await);
+            assert_eq!((marked_again.usage.cached_tokens, left.usage.cached_tokens), (31, 11), "{name}");
             engine.drain(Duration::from_secs(5)).await;
         }
+    }
+}
+
+/// The same answer, with so many tokens known.
+fn known(answer: &engine::Answer, cached_tokens: u32) -> engine::Answer {
+    engine::Answer { usage: mesh_core::Usage { cached_tokens, ..answer.usage }, ..answer.clone() }
+}
+
+/// For every kind of cache: a crowd gets what each of it gets alone, and a queue is a queue.
+#[tokio::test]
+async fn everybody_gets_in_company_what_they_get_alone() {
+    for (name, _) in KINDS {
+        let Some(root) = shared("everybody_gets_in_company", &format!("golden/{name}")) else { return };
+        let (prompt, _) = reference(&root);
+        let settings =
+            json!({ "device": "cpu", "prefill_chunk_tokens": 8, "parallel_requests_max": 5, "queue_requests_max": 64 });
+        let engine = load(&root, settings).await;
+        let prompts = [&prompt[..], &prompt[..1], &prompt[3..9], &prompt[5..], &prompt[..20], &prompt[7..8]]
+            .map(|tokens| Prompt::Tokens(tokens.to_vec()));
+        engine::company(&*engine, &prompts).await;
+        engine.drain(Duration::from_secs(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_queue_is_bounded_and_says_where_one_stands() {
+    let Some(root) = shared("a_queue_is_bounded", "golden/llama") else { return };
+    let settings = json!({ "device": "cpu", "parallel_requests_max": 2, "queue_requests_max": 3 });
+    let mut plan = plan(profile(&root), settings);
+    // Long enough that nobody finishes in between.
+    plan.context_tokens = Some(4000);
+    let engine = backend().load(plan, ProgressSink::silent()).await.expect("loaded");
+    engine::queues(&*engine, Prompt::Tokens(reference(&root).0)).await;
+}
+
+/// What a sequence of so many tokens takes.
+fn footprint_bytes(profile: &ModelProfile, tokens: u64) -> u64 {
+    ffi::use_device(DeviceKind::Cpu);
+    let mut weights = Weights::open(&profile.weights, &profile.config, Placement::cpu(false)).expect("weights");
+    let family = registry::family_of(registry::families().expect("unique"), profile).expect("a family").id();
+    let model = graph_families().expect("unique").get(family).expect("linked");
+    let model = model.graph(&profile.config, &mut weights).expect("a graph");
+    let mut cache = model.new_cache();
+    let token = Array::from_slice(&[1_u32], &[1, 1]);
+    model.forward(&token, &mut cache, Rows::Last).expect("logits").eval().expect("logits");
+    cache.footprint().bytes(tokens)
+}
+
+/// Sequences that outgrow the memory make room for each other, and nobody's answer shows it.
+#[tokio::test]
+async fn short_memory_delays_and_changes_nothing() {
+    for name in ["llama", "gemma3_text", "qwen3_next"] {
+        let Some(root) = shared("short_memory_delays", &format!("golden/{name}")) else { return };
+        let (prompt, _) = reference(&root);
+        let prompt: Vec<u32> = prompt.iter().copied().cycle().take(210).collect();
+        let job = |index: usize| {
+            let sampling = Sampling {
+                temperature: Some(1.0),
+                seed: Some(index as u64),
+                frequency_penalty: Some(0.3),
+                repetition_penalty: Some(1.1),
+                ..Sampling::default()
+            };
+            Job { sampling, ..engine::job(Prompt::Tokens(prompt[index..].to_vec()), 330) }
+        };
+        let load = async |settings: Value| {
+            let plan = LoadPlan { context_tokens: Some(600), ..plan(profile(&root), settings) };
+            backend().load(plan, ProgressSink::silent()).await.expect("loaded")
+        };
+        let roomy = load(cpu()).await;
+        let mut alone = Vec::new();
+        for index in 0..3 {
+            alone.push(engine::run(&*roomy, job(index)).await.expect("an answer").tokens);
+        }
+        roomy.drain(Duration::from_secs(5)).await;
+        // Room for three until they outgrow 512 tokens, then for two.
+        let mut settings = cpu();
+        settings["sequences_bytes_max"] = json!(3 * footprint_bytes(&profile(&root), 511));
+        let tight = load(settings).await;
+        let crowd = futures::future::join_all((0..3).map(|index| engine::run(&*tight, job(index)))).await;
+        for (index, (answer, alone)) in crowd.into_iter().zip(alone).enumerate() {
+            assert_eq!(answer.expect("an answer").tokens, alone, "{name}: job {index}");
+        }
+        tight.drain(Duration::from_secs(5)).await;
     }
 }
 
@@ -179,10 +275,10 @@ async fn sampling_narrows_to_the_likeliest() {
         Sampling { temperature: Some(1e-3), ..hot.clone() },
     ];
     for sampling in narrow {
-        let job = mesh_core::Job { sampling: sampling.clone(), ..engine::job(Prompt::Tokens(prompt.clone()), 16) };
+        let job = Job { sampling: sampling.clone(), ..engine::job(Prompt::Tokens(prompt.clone()), 16) };
         assert_eq!(engine::run(&*engine, job).await.expect("an answer").tokens, greedy, "{sampling:?}");
     }
-    let job = mesh_core::Job { sampling: hot, ..engine::job(Prompt::Tokens(prompt), 16) };
+    let job = Job { sampling: hot, ..engine::job(Prompt::Tokens(prompt), 16) };
     assert_ne!(engine::run(&*engine, job).await.expect("an answer").tokens, greedy);
 }
 
@@ -193,7 +289,7 @@ async fn end_of_text_ends() {
     let mut profile = profile(&root);
     profile.eos_token_ids[0].value = greedy[5];
     let engine = backend().load(plan(profile, cpu()), ProgressSink::silent()).await.expect("loaded");
-    let job = mesh_core::Job { ignore_eos: false, ..engine::job(Prompt::Tokens(prompt), 16) };
+    let job = Job { ignore_eos: false, ..engine::job(Prompt::Tokens(prompt), 16) };
     let answer = engine::run(&*engine, job).await.expect("an answer");
     let first = greedy.iter().position(|id| *id == greedy[5]).expect("it is there");
     assert_eq!(answer.tokens, greedy[..first]);

@@ -272,7 +272,8 @@ impl Running {
             let piece = pieces.next().await?;
             if let Some(progress) = &piece.prompt_progress {
                 let total = progress.total.max(progress.processed);
-                self.pass(Event::Prefill { done: progress.processed, total }).await;
+                let cached = progress.cache.min(progress.processed);
+                self.pass(Event::Prefill { done: progress.processed, total, cached }).await;
             }
             if !piece.content.is_empty() {
                 // Tokens whose text was held back, as half a character is, count with the piece that brings it.

@@ -205,6 +205,8 @@ pub(crate) struct Piece {
 #[derive(Debug, Deserialize)]
 pub(crate) struct PromptProgress {
     pub total: u32,
+    #[serde(default)]
+    pub cache: u32,
     pub processed: u32,
 }
 

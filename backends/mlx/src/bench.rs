@@ -8,8 +8,9 @@ use mlx_rs::Dtype;
 use serde_json::{Value, json};
 
 use crate::{
-    device::{Start, gate, placement, read, start},
+    device::{Context, Start, gate, placement, read, start},
     judge,
+    settings::Settings,
 };
 
 /// A published model's shape.
@@ -107,8 +108,9 @@ pub async fn random_engine(shape: &Shape, weights: RandomWeights, device: Device
     start(Start {
         name: shape.name.into(),
         device,
-        capabilities: judge::capabilities(context.unwrap_or(judge::CONTEXT_TOKENS_DEFAULT)),
-        chunk_tokens: 2048,
+        settings: Settings::default(),
+        context: Context { tokens: context.unwrap_or(judge::CONTEXT_TOKENS_DEFAULT), asked: false },
+        config: shape.config.clone(),
         eos: Vec::new(),
         build: Box::new(build),
     })

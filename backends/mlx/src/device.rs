@@ -5,32 +5,32 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use mesh_core::{
-    Capabilities, Device, DeviceKind, EngineError, EngineHandle, EngineState, Event, LoadError, LoadPlan, ProgressSink,
-    Stage,
+    Capabilities, Device, DeviceKind, EngineHandle, EngineState, LoadError, LoadPlan, ProgressSink, Stage,
 };
-use mesh_graph::{CausalModel, Placement, Weights, ffi, graph_families, memory};
-use mlx_rs::{Array, transforms};
-use tokio::sync::{mpsc, oneshot, watch};
+use mesh_graph::{CausalModel, Placement, Rows, Weights, ffi, graph_families, memory, needs_points};
+use mlx_rs::{Array, error::Exception, transforms};
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     backend::INFO,
     engine::{MlxEngine, Shared, Work},
-    generate::{Listener, Request, Session},
     host,
     judge::{self, Residency},
-    sampler::Sampler,
+    memory::{FreeMemory, Question, Sizes, plan},
+    remember::Remembered,
+    runner::{Parts, Runner},
+    schedule::Limits,
     settings::Settings,
+    watchdog,
 };
-
-/// How long a job may wait for a reader that does not read, before it is given up.
-const READER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Arrays evaluated between two reports of progress while loading.
 const ARRAYS_PER_REPORT: usize = 16;
@@ -46,27 +46,27 @@ pub fn gate() -> MutexGuard<'static, ()> {
 /// Starts the device thread, and waits until the model is ready.
 pub async fn load(plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle, LoadError> {
     let settings = Settings::read(&plan.settings).map_err(|what| LoadError::Settings { backend: INFO.id, what })?;
-    let mut capabilities = judge::capabilities(context(&plan)?);
-    capabilities.requests_queued_max = settings.queue_requests_max;
+    let context = context(&plan)?;
     let residency = judge::residency(&plan.profile, &plan.offer.device);
-    fits(&plan, &residency)?;
+    fits(&plan, &settings, &residency)?;
 
     let eos = plan.profile.eos_token_ids.iter().map(|fact| fact.value).collect();
-    let (name, device) = (plan.profile.name.clone(), plan.offer.device.clone());
+    let (name, device, config) = (plan.profile.name.clone(), plan.offer.device.clone(), plan.profile.config.clone());
     let build = move |abandoned: &AtomicBool| build(&plan, &residency, &progress, abandoned);
-    start(Start {
-        name,
-        device,
-        capabilities,
-        chunk_tokens: settings.prefill_chunk_tokens,
-        eos,
-        build: Box::new(build),
-    })
-    .await
+    start(Start { name, device, settings, context, config, eos, build: Box::new(build) }).await
 }
 
 /// Makes a model, or gives up once the flag is set.
 pub type Build = dyn FnOnce(&AtomicBool) -> Result<Box<dyn CausalModel>, LoadError> + Send;
+
+/// How long a sequence may become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Context {
+    /// In tokens.
+    pub tokens: u32,
+    /// Whether the user asked for it: then it is served or refused, never shortened.
+    pub asked: bool,
+}
 
 /// What a device thread starts with.
 pub struct Start {
@@ -74,33 +74,41 @@ pub struct Start {
     pub name: String,
     /// What it computes on.
     pub device: Device,
-    /// What it promises.
-    pub capabilities: Capabilities,
-    /// Prompt tokens computed at a time.
-    pub chunk_tokens: u32,
+    /// Its settings.
+    pub settings: Settings,
+    /// How long sequences may become.
+    pub context: Context,
+    /// The model's config.json.
+    pub config: Value,
     /// Tokens that end a generation.
     pub eos: Vec<u32>,
     /// Makes the model, on the thread.
     pub build: Box<Build>,
 }
 
+/// What a device thread says once it is ready.
+struct Ready {
+    vocab_size: u32,
+    capabilities: Capabilities,
+}
+
 /// Starts a device thread, and waits until its model is ready.
 pub async fn start(start: Start) -> Result<EngineHandle, LoadError> {
-    let (state, _) = watch::channel(EngineState::Starting);
-    let shared = Arc::new(Shared { state, cancelled: AtomicBool::new(false), admitted: AtomicU32::new(0) });
-    let capabilities = start.capabilities.clone();
-    let places = (capabilities.requests_parallel_max + capabilities.requests_queued_max) as usize;
+    let shared = Shared::starting();
+    let places = start.settings.parallel(start.device.kind).saturating_add(start.settings.queue_requests_max) as usize;
     let (jobs, inbox) = mpsc::channel(places.max(1));
     let (ready, built) = oneshot::channel();
     let abandoned = Arc::new(AtomicBool::new(false));
     let _guard = AbandonOnDrop(abandoned.clone());
-    let device = start.device.clone();
+    let (device, step_max) = (start.device.clone(), Duration::from_secs(start.settings.step_s_max));
     let thread_shared = shared.clone();
     thread::Builder::new()
         .name(format!("mlx {}", start.name))
         .spawn(move || run(start, &thread_shared, inbox, ready, &abandoned))
         .map_err(|error| LoadError::Other { what: "starting the device thread".into(), source: error.into() })?;
-    let vocab_size = built.await.unwrap_or_else(|_| Err(other("loading the model", "the device thread panicked")))?;
+    let ready = built.await.unwrap_or_else(|_| Err(other("loading the model", "the device thread panicked")))?;
+    tokio::spawn(watchdog::watch(shared.clone(), step_max));
+    let Ready { vocab_size, capabilities } = ready;
     let engine = MlxEngine { capabilities, vocab_size, shared, jobs: Mutex::new(Some(jobs)) };
     Ok(EngineHandle::new(&INFO, device, Arc::new(engine)))
 }
@@ -113,20 +121,24 @@ impl Drop for AbandonOnDrop {
     }
 }
 
-/// The context to serve, in tokens: what the user asked for, within what the model was made for.
-fn context(plan: &LoadPlan) -> Result<u32, LoadError> {
+/// What the user asked for, within what the model was made for.
+fn context(plan: &LoadPlan) -> Result<Context, LoadError> {
     let own = plan.profile.context_tokens_max.as_ref().map(|fact| fact.value);
     match (plan.context_tokens, own) {
         (Some(asked), Some(own)) if asked > own => Err(LoadError::Settings {
             backend: INFO.id,
             what: format!("a context of {asked} tokens was asked for, and the model was made for {own}"),
         }),
-        (asked, own) => Ok(asked.or(own).unwrap_or(judge::CONTEXT_TOKENS_DEFAULT).max(1)),
+        (asked, own) => {
+            let tokens = asked.or(own).unwrap_or(judge::CONTEXT_TOKENS_DEFAULT).max(1);
+            Ok(Context { tokens, asked: asked.is_some() })
+        }
     }
 }
 
-fn fits(plan: &LoadPlan, residency: &Residency) -> Result<(), LoadError> {
-    match plan.offer.device.memory_bytes {
+/// Whether the weights alone would fit; what comes beside them is known once they are there.
+fn fits(plan: &LoadPlan, settings: &Settings, residency: &Residency) -> Result<(), LoadError> {
+    match device_bytes(&plan.offer.device, settings) {
         Some(available) if residency.bytes > available => Err(LoadError::Memory {
             model: plan.profile.name.clone(),
             needed_bytes: residency.bytes,
@@ -136,31 +148,42 @@ fn fits(plan: &LoadPlan, residency: &Residency) -> Result<(), LoadError> {
     }
 }
 
+/// Bytes of the device that may be used.
+fn device_bytes(device: &Device, settings: &Settings) -> Option<u64> {
+    let found = device.memory_bytes;
+    settings.memory_bytes.map_or(found, |set| Some(found.map_or(set, |found| found.min(set))))
+}
+
 fn run(
     start: Start,
     shared: &Arc<Shared>,
     inbox: mpsc::Receiver<Work>,
-    ready: oneshot::Sender<Result<u32, LoadError>>,
+    ready: oneshot::Sender<Result<Ready, LoadError>>,
     abandoned: &AtomicBool,
 ) {
     let body = AssertUnwindSafe(|| {
         ffi::use_device(start.device.kind);
-        let model = match (start.build)(abandoned) {
-            Ok(model) => model,
+        let (runner, said) = match prepare(start, shared, abandoned) {
+            Ok(prepared) => prepared,
             Err(error) => {
                 shared.state.send_replace(EngineState::Failed(error.to_string().into()));
                 let _ = ready.send(Err(error));
                 return;
             }
         };
-        let vocab_size = model.vocab_size();
-        let session = Session::new(model, start.chunk_tokens);
         shared.state.send_replace(EngineState::Ready);
-        if ready.send(Ok(vocab_size)).is_ok() {
-            serve(session, inbox, shared, &start.eos, vocab_size);
+        if ready.send(Ok(said)).is_ok() {
+            runner.run(inbox);
         }
         memory::clear_cache();
-        shared.state.send_replace(EngineState::Stopped);
+        // One that was given up stays so.
+        shared.state.send_if_modified(|state| {
+            let alive = !state.is_over();
+            if alive {
+                *state = EngineState::Stopped;
+            }
+            alive
+        });
     });
     if let Err(panic) = catch_unwind(body) {
         let what = format!("the device thread panicked: {}", panic_text(&*panic));
@@ -168,6 +191,64 @@ fn run(
         shared.state.send_replace(EngineState::Failed(what.into()));
     }
 }
+
+/// Builds the model, has it compute one token, and plans its memory with what that told.
+fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result<(Runner, Ready), LoadError> {
+    let Start { name, device, settings, context, config, eos, build } = start;
+    let before = memory::active_bytes();
+    let device_bytes = device_bytes(&device, &settings);
+    let model = build(abandoned)?;
+    let weights_bytes = memory::active_bytes().saturating_sub(before);
+    let (blueprint, footprint) = {
+        let _gate = gate();
+        let failed = |error: Exception| other("computing a first token", error.what().to_owned());
+        let mut cache = model.new_cache();
+        let first = model.forward(&Array::from_slice(&[0_u32], &[1, 1]), &mut cache, Rows::Last).map_err(failed)?;
+        transforms::eval(cache.arrays().chain([&first])).map_err(failed)?;
+        (cache.blueprint(), cache.footprint())
+    };
+    memory::clear_cache();
+    let vocab_size = model.vocab_size();
+    let sizes = Sizes::read(&config, vocab_size, device.kind);
+    let parallel_max = settings.parallel(device.kind);
+    let planned = plan(&Question {
+        model: &name,
+        device_bytes,
+        weights_bytes,
+        footprint: &footprint,
+        sizes: &sizes,
+        parallel_max,
+        chunk_tokens: settings.prefill_chunk_tokens,
+        context_tokens: context.tokens,
+        asked: context.asked,
+        sequences_bytes_max: settings.sequences_bytes_max,
+    })?;
+    tracing::info!(model = name, ?footprint, "{}", planned.reason);
+    let remembered_bytes_max = settings.prefix_bytes_max.unwrap_or(planned.sequences_bytes / 2);
+    let mut capabilities = judge::capabilities(planned.context_tokens, parallel_max);
+    capabilities.requests_queued_max = settings.queue_requests_max;
+    let needs_points = needs_points(&model.layout());
+    let runner = Runner::new(Parts {
+        shared: shared.clone(),
+        eos,
+        limits: Limits {
+            parallel_max,
+            chunk_tokens: settings.prefill_chunk_tokens,
+            chunk_tokens_in_company: settings.prefill_chunk_tokens.div_ceil(COMPANY_DIVISOR),
+            memory_bytes: planned.sequences_bytes,
+            remembered_bytes_max,
+        },
+        footprint,
+        sizes,
+        free_memory: FreeMemory { kind: device.kind, workspace_bytes: planned.workspace_bytes },
+        remembered: Remembered::new(blueprint, needs_points, remembered_bytes_max),
+        model,
+    });
+    Ok((runner, Ready { vocab_size, capabilities }))
+}
+
+/// How much shorter chunks of prompts are while others wait for a token.
+const COMPANY_DIVISOR: u32 = 4;
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
@@ -230,72 +311,4 @@ pub fn read(arrays: &[Array], abandoned: &AtomicBool, report: impl Fn(u64, u64))
 
 fn other(what: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> LoadError {
     LoadError::Other { what: what.into(), source: source.into() }
-}
-
-fn serve(mut session: Session, mut inbox: mpsc::Receiver<Work>, shared: &Shared, eos: &[u32], vocab_size: u32) {
-    while let Some(work) = inbox.blocking_recv() {
-        let Work { job, prompt, tokens_max, events, place } = work;
-        let mut listener = Channel { events: &events, cancelled: &shared.cancelled };
-        if !listener.listening() {
-            if shared.cancelled.load(Ordering::Relaxed) {
-                let _ = events.try_send(Err(EngineError::Stopped));
-            }
-            continue;
-        }
-        let request = Request {
-            prompt: &prompt,
-            tokens_max,
-            eos: if job.ignore_eos { &[] } else { eos },
-            sampler: Sampler::new(&job.sampling, vocab_size, rand::random()),
-        };
-        let outcome = session.generate(request, &mut listener);
-        // The place is free before the last event is seen, so that a client may send its next request at once.
-        drop(place);
-        match outcome {
-            Ok(Some(last)) => {
-                listener.event(last);
-            }
-            Ok(None) if shared.cancelled.load(Ordering::Relaxed) => {
-                let _ = events.try_send(Err(EngineError::Stopped));
-            }
-            Ok(None) => tracing::debug!(request = job.id, "the client left"),
-            Err(error) => {
-                tracing::error!(request = job.id, "generation failed: {}", error.what());
-                session.forget();
-                let _ = events.try_send(Err(EngineError::Failed { what: error.what().into() }));
-            }
-        }
-    }
-}
-
-/// A job's events on their way out.
-struct Channel<'a> {
-    events: &'a mpsc::Sender<Result<Event, EngineError>>,
-    cancelled: &'a AtomicBool,
-}
-
-impl Listener for Channel<'_> {
-    fn event(&mut self, event: Event) -> bool {
-        let mut event = Ok(event);
-        let mut waiting_since = None;
-        loop {
-            match self.events.try_send(event) {
-                Ok(()) => return self.listening(),
-                Err(mpsc::error::TrySendError::Closed(_)) => return false,
-                Err(mpsc::error::TrySendError::Full(back)) => {
-                    let since = *waiting_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > READER_PATIENCE || !self.listening() {
-                        tracing::warn!("a client does not read its answer: given up");
-                        return false;
-                    }
-                    event = back;
-                    thread::sleep(Duration::from_millis(1));
-                }
-            }
-        }
-    }
-
-    fn listening(&self) -> bool {
-        !self.events.is_closed() && !self.cancelled.load(Ordering::Relaxed)
-    }
 }

@@ -19,6 +19,8 @@ use mesh_core::{
 };
 use tokio::sync::{mpsc, watch};
 
+use crate::watchdog::{Doing, Pulse, Step};
+
 /// Events of one job that may wait for its reader.
 pub const EVENTS_MAX: usize = 256;
 
@@ -32,6 +34,22 @@ pub struct Shared {
     pub cancelled: AtomicBool,
     /// Jobs admitted and not yet over.
     pub admitted: AtomicU32,
+    /// The step under way.
+    pub pulse: Pulse,
+}
+
+impl Shared {
+    /// Of an engine that is starting.
+    pub fn starting() -> Arc<Self> {
+        let (state, _) = watch::channel(EngineState::Starting);
+        let (cancelled, admitted) = (AtomicBool::new(false), AtomicU32::new(0));
+        Arc::new(Self { state, cancelled, admitted, pulse: Pulse::default() })
+    }
+
+    /// Begins a step of the device thread; it is over when what is returned is dropped.
+    pub fn doing(&self, doing: Doing) -> Step<'_> {
+        self.pulse.begin(doing)
+    }
 }
 
 /// A job on its way to the device thread.
@@ -126,7 +144,7 @@ impl Engine for MlxEngine {
         if !sent {
             return Err(self.gone());
         }
-        Ok(Box::pin(Events { receiver, state: self.shared.state.subscribe(), over: false }))
+        Ok(Box::pin(Events::new(receiver, self.shared.state.subscribe())))
     }
 
     async fn drain(&self, grace: Duration) {
@@ -147,10 +165,33 @@ impl Engine for MlxEngine {
 }
 
 /// A job's events. A channel that closes without a last event means that the device thread is gone; the state says why.
+/// A thread that no longer gets on keeps its channels open: then the state alone tells.
 struct Events {
     receiver: mpsc::Receiver<Result<Event, EngineError>>,
     state: watch::Receiver<EngineState>,
+    failed: Pin<Box<dyn Future<Output = ()> + Send>>,
     over: bool,
+}
+
+impl Events {
+    fn new(receiver: mpsc::Receiver<Result<Event, EngineError>>, state: watch::Receiver<EngineState>) -> Self {
+        let mut watched = state.clone();
+        let failed = Box::pin(async move {
+            let failed = |state: &EngineState| matches!(state, EngineState::Failed(_));
+            if watched.wait_for(failed).await.is_err() {
+                // Nobody is left who could fail: the channel closes.
+                std::future::pending::<()>().await;
+            }
+        });
+        Self { receiver, state, failed, over: false }
+    }
+
+    fn why(&self) -> EngineError {
+        match &*self.state.borrow() {
+            EngineState::Failed(what) => EngineError::Failed { what: what.clone() },
+            _ => EngineError::Stopped,
+        }
+    }
 }
 
 impl Stream for Events {
@@ -161,12 +202,12 @@ impl Stream for Events {
             return Poll::Ready(None);
         }
         let event = match self.receiver.poll_recv(context) {
-            Poll::Pending => return Poll::Pending,
             Poll::Ready(Some(event)) => event,
-            Poll::Ready(None) => Err(match &*self.state.borrow() {
-                EngineState::Failed(what) => EngineError::Failed { what: what.clone() },
-                _ => EngineError::Stopped,
-            }),
+            Poll::Ready(None) => Err(self.why()),
+            Poll::Pending => match self.failed.as_mut().poll(context) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(()) => Err(self.why()),
+            },
         };
         self.over = matches!(event, Ok(Event::Finished { .. }) | Err(_));
         Poll::Ready(Some(event))

@@ -8,7 +8,7 @@ use mesh_core::{
 };
 use mesh_graph::QuantizationTable;
 
-use crate::host::SLOW;
+use crate::{host::SLOW, settings::Settings};
 
 /// Context where neither the model nor the user names one, in tokens.
 pub const CONTEXT_TOKENS_DEFAULT: u32 = 4096;
@@ -61,7 +61,7 @@ pub fn judge(profile: &ModelProfile, family: Option<&dyn ModelFamily>, host: &Ho
     let context = profile.context_tokens_max.as_ref().map_or(CONTEXT_TOKENS_DEFAULT, |fact| fact.value);
     let kv_bytes = profile.kv_bytes_per_token().map(|bytes| bytes * u64::from(context));
     Verdict::Serve(Offer {
-        capabilities: capabilities(context),
+        capabilities: capabilities(context, Settings::default().parallel(device.kind)),
         device: device.clone(),
         memory_bytes: kv_bytes.map(|kv| residency.bytes + kv),
         score: if device.kind == DeviceKind::Cpu { 10 } else { 100 },
@@ -70,13 +70,24 @@ pub fn judge(profile: &ModelProfile, family: Option<&dyn ModelFamily>, host: &Ho
 }
 
 /// What the engine accepts, whatever the model.
-pub fn capabilities(context_tokens_max: u32) -> Capabilities {
+pub fn capabilities(context_tokens_max: u32, requests_parallel_max: u32) -> Capabilities {
     Capabilities {
         prompt: PromptForm::Tokens,
         output: OutputForm::Tokens,
-        knobs: BTreeSet::from([Knob::Temperature, Knob::TopP, Knob::TopK, Knob::MinP, Knob::Seed, Knob::IgnoreEos]),
+        knobs: BTreeSet::from([
+            Knob::Temperature,
+            Knob::TopP,
+            Knob::TopK,
+            Knob::MinP,
+            Knob::Seed,
+            Knob::RepetitionPenalty,
+            Knob::PresencePenalty,
+            Knob::FrequencyPenalty,
+            Knob::LogitBias,
+            Knob::IgnoreEos,
+        ]),
         context_tokens_max,
-        requests_parallel_max: 1,
+        requests_parallel_max,
         requests_queued_max: QUEUE_REQUESTS_MAX,
         prefix_reuse: true,
         vision: false,

@@ -113,6 +113,8 @@ pub enum Event {
         done: u32,
         /// Tokens in the prompt.
         total: u32,
+        /// Tokens that were not computed, because they were known.
+        cached: u32,
     },
     /// One token, from engines whose output form is tokens. End-of-text tokens are not reported.
     Token {

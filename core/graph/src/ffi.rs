@@ -178,6 +178,45 @@ pub fn slice_update<const N: usize>(
     })
 }
 
+/// The elements of `x`, row by row, as they lie in memory; waits for the device.
+pub fn to_bytes(x: &Array) -> Result<Vec<u8>, Exception> {
+    let x = op("contiguous", |out, stream| unsafe { mlx_sys::mlx_contiguous(out, x.as_ptr(), false, stream) })?;
+    x.eval()?;
+    // SAFETY: the array is evaluated and row-contiguous, so that its data are `nbytes` bytes in order; they are copied
+    // while it lives.
+    unsafe {
+        let data = mlx_sys::mlx_array_data_uint8(x.as_ptr());
+        if data.is_null() && x.nbytes() > 0 {
+            return Err(last_error("reading an array"));
+        }
+        Ok(if x.nbytes() == 0 { Vec::new() } else { std::slice::from_raw_parts(data, x.nbytes()).to_vec() })
+    }
+}
+
+/// The array whose elements are `bytes`, as [`to_bytes`] gives them; `None` if they are not as many as `shape` says.
+pub fn from_bytes(bytes: &[u8], shape: &[i32], dtype: Dtype) -> Option<Array> {
+    let size = shape.iter().try_fold(1_u64, |size, dim| size.checked_mul(u64::try_from(*dim).ok()?))?;
+    let rank = i32::try_from(shape.len()).ok()?;
+    if size.checked_mul(dtype_bytes(dtype)?)? != bytes.len() as u64 {
+        return None;
+    }
+    init();
+    // SAFETY: mlx-c copies as many bytes as shape and type say, which are all there.
+    unsafe {
+        let array = mlx_sys::mlx_array_new_data(bytes.as_ptr().cast(), shape.as_ptr(), rank, dtype.into());
+        (!array.ctx.is_null()).then(|| Array::from_ptr(array))
+    }
+}
+
+fn dtype_bytes(dtype: Dtype) -> Option<u64> {
+    match dtype {
+        Dtype::Float32 | Dtype::Int32 | Dtype::Uint32 => Some(4),
+        Dtype::Float16 | Dtype::Bfloat16 => Some(2),
+        Dtype::Uint8 => Some(1),
+        _ => None,
+    }
+}
+
 /// Facts about MLX's default device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceFacts {
@@ -187,6 +226,8 @@ pub struct DeviceFacts {
     pub name: Option<String>,
     /// Its memory, in bytes, where MLX tells.
     pub memory_bytes: Option<u64>,
+    /// What of it nobody uses at this moment, in bytes, where MLX tells.
+    pub free_bytes: Option<u64>,
 }
 
 /// What MLX computes on in this process: a GPU if its library has one, or else the CPU.
@@ -200,7 +241,7 @@ pub fn device_facts() -> DeviceFacts {
     if asked != 0 || !available {
         // SAFETY: as above.
         unsafe { mlx_sys::mlx_device_free(gpu) };
-        return DeviceFacts { kind: mesh_core::DeviceKind::Cpu, name: None, memory_bytes: None };
+        return DeviceFacts { kind: mesh_core::DeviceKind::Cpu, name: None, memory_bytes: None, free_bytes: None };
     }
     let kind = if cfg!(target_os = "macos") { mesh_core::DeviceKind::Metal } else { mesh_core::DeviceKind::Cuda };
     // SAFETY: as above.
@@ -210,9 +251,10 @@ pub fn device_facts() -> DeviceFacts {
         let name = known.then(|| info_string(info, c"device_name")).flatten();
         let memory_bytes =
             known.then(|| info_size(info, c"memory_size").or_else(|| info_size(info, c"total_memory"))).flatten();
+        let free_bytes = known.then(|| info_size(info, c"free_memory")).flatten();
         mlx_sys::mlx_device_info_free(info);
         mlx_sys::mlx_device_free(gpu);
-        DeviceFacts { kind, name, memory_bytes }
+        DeviceFacts { kind, name, memory_bytes, free_bytes }
     }
 }
 

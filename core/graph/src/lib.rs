@@ -37,7 +37,10 @@ pub use mesh_core as __core;
 
 pub use attention::last_axis;
 pub use attention::{Attention, AttentionSpec, QkNorm, QueryGrowth, Values};
-pub use cache::{Cache, CacheKind, LayerCache};
+pub use cache::{
+    Cache, CacheKind, LayerCache,
+    kept::{Blueprint, Footprint, Point, Segment, needs_points},
+};
 pub use config::{DecoderConfig, accepted};
 pub use conv::ShortConv;
 pub use decoder::{Decoder, Ends, FeedForward, Frame, Layer, Mixer, NormNames, add_clipped};

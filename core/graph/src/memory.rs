@@ -7,6 +7,11 @@ pub fn active_bytes() -> u64 {
     memory::active_memory().unwrap_or(0) as u64
 }
 
+/// Bytes of freed buffers that the allocator keeps for the next.
+pub fn cached_bytes() -> u64 {
+    memory::cache_memory().unwrap_or(0) as u64
+}
+
 /// The most bytes held at once since [`reset_peak`].
 pub fn peak_bytes() -> u64 {
     memory::peak_memory().unwrap_or(0) as u64

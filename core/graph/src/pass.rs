@@ -30,17 +30,26 @@ pub struct Pass {
     column: RefCell<Option<Array>>,
 }
 
+/// One row of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// Columns of padding before its first token.
+    pub padding: i32,
+    /// The length that it is known or expected to reach, in tokens.
+    pub horizon: i32,
+}
+
 impl Pass {
-    /// `[batch, time]` tokens after `offset` columns; `padding` counts each row's columns of padding, and `horizon` is
-    /// the length that the sequences are expected to reach, in tokens.
-    pub(crate) fn new(batch: i32, time: i32, offset: i32, horizon: i32, padding: Option<&[i32]>) -> Self {
-        let padding = padding.filter(|padding| padding.iter().any(|count| *count > 0)).map(<[i32]>::to_vec);
+    /// `rows` of `time` tokens each, after `offset` columns.
+    pub(crate) fn new(rows: Vec<Row>, time: i32, offset: i32) -> Self {
+        let batch = rows.len() as i32;
+        let padding: Vec<i32> = rows.iter().map(|row| row.padding).collect();
+        let padding = Some(padding).filter(|padding| padding.iter().any(|count| *count > 0));
         let starts = padding.as_ref().map(|padding| {
             let starts: Vec<i32> = padding.iter().map(|count| offset - count).collect();
             Array::from_slice(&starts, &[batch])
         });
-        let length = |row: i32| offset + time - padding.as_ref().map_or(0, |padding| padding[row as usize]);
-        let horizons = (0..batch).map(|row| horizon.max(length(row))).collect();
+        let horizons = rows.iter().map(|row| row.horizon.max(offset + time - row.padding)).collect();
         Self { batch, time, offset, horizons, padding, masks: RefCell::default(), starts, column: RefCell::default() }
     }
 

@@ -97,8 +97,9 @@ impl AnswerStream {
     fn admit(&mut self, event: Event) {
         match event {
             Event::Queued { ahead } => self.ready.push_back(Part::Queued { ahead }),
-            Event::Prefill { done, total } => {
-                self.usage.prompt_tokens = total;
+            Event::Prefill { done, total, cached } => {
+                // An answer that a stop string ends never hears the engine's own count.
+                (self.usage.prompt_tokens, self.usage.cached_tokens) = (total, cached);
                 self.ready.push_back(Part::Prefill { done, total });
             }
             Event::Token { id } => {

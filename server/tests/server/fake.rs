@@ -169,10 +169,10 @@ impl Engine for FakeEngine {
             let event = match step {
                 Step::Pause => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
-                    Ok(Event::Prefill { done: 0, total: 7 })
+                    Ok(Event::Prefill { done: 0, total: 7, cached: 0 })
                 }
                 Step::Hang => std::future::pending().await,
-                Step::Prefill(total) => Ok(Event::Prefill { done: total, total }),
+                Step::Prefill(total) => Ok(Event::Prefill { done: total, total, cached: 0 }),
                 Step::Text(text) => Ok(Event::Text { text: text.into(), tokens: 1 }),
                 Step::Bytes(bytes) => Ok(Event::Token { id: bytes[0].into() }),
                 Step::Finish(reason) => Ok(Event::Finished {

@@ -1,5 +1,6 @@
 //! Every family that is linked: its numbers, its properties, its refusals.
 
+mod batches;
 mod checkpoints;
 mod goldens;
 mod models;

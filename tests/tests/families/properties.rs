@@ -17,7 +17,7 @@ const TELLS: f32 = 1e-3;
 /// Runs `check` on each golden, and collects what it finds wrong.
 ///
 /// It is told what other orders of adding may change in a logit: as much as the golden allows.
-fn for_each_golden(test: &str, check: impl Fn(&str, &mesh_core::ModelProfile, f32, &mut Vec<String>)) {
+pub fn for_each_golden(test: &str, check: impl Fn(&str, &mesh_core::ModelProfile, f32, &mut Vec<String>)) {
     let Some(root) = shared(test, "golden") else { return };
     let _device = device();
     let mut faults = Vec::new();

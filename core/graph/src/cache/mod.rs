@@ -1,11 +1,19 @@
 //! What a model keeps between passes, as data: keys and values (of all positions, or of a window), latents, and states
 //! of recurrences and convolutions.
 //!
-//! A cache is cloned to take a snapshot and assigned to restore one: arrays are shared until one side writes.
+//! A cache is cloned to take a snapshot and assigned to restore one: arrays are shared until one side writes. Rows of
+//! several caches are put together into a batch, and taken out of it again ([`Cache::merge`], [`Cache::select`]); what is
+//! worth keeping of one sequence is taken out in parts that a tree of prefixes can hold ([`kept`]).
 
-use mlx_rs::{Array, error::Exception, ops};
+pub mod kept;
+mod positions;
+mod rows;
 
-use crate::{ffi, pass::Pass};
+use mlx_rs::{Array, error::Exception};
+
+use crate::pass::{Pass, Row};
+
+pub use positions::Positions;
 
 /// Buffers grow by this many positions.
 pub const STEP_TOKENS: i32 = 256;
@@ -39,18 +47,30 @@ pub struct Cache {
     layers: Vec<LayerCache>,
     length: i32,
     horizon: i32,
-    padding: Option<Vec<i32>>,
+    /// Absent for one sequence, or several that are alike.
+    rows: Option<Vec<Row>>,
 }
 
 impl Cache {
     /// Empty, for one sequence or for several of equal length.
     pub fn new(layout: &[CacheKind]) -> Self {
-        Self { layers: layout.iter().map(LayerCache::new).collect(), length: 0, horizon: 0, padding: None }
+        Self { layers: layout.iter().map(LayerCache::new).collect(), length: 0, horizon: 0, rows: None }
     }
 
     /// Empty, for rows that begin with so many columns of padding.
     pub fn padded(layout: &[CacheKind], padding: &[i32]) -> Self {
-        Self { padding: Some(padding.to_vec()), ..Self::new(layout) }
+        let rows = padding.iter().map(|padding| Row { padding: *padding, horizon: 0 }).collect();
+        Self { rows: Some(rows), ..Self::new(layout) }
+    }
+
+    /// Rows held; caches that were not told have one.
+    pub fn batch(&self) -> usize {
+        self.rows.as_ref().map_or(1, Vec::len)
+    }
+
+    /// Columns of padding before each row.
+    pub fn padding(&self) -> Vec<i32> {
+        self.rows.as_ref().map_or_else(|| vec![0], |rows| rows.iter().map(|row| row.padding).collect())
     }
 
     /// Columns held.
@@ -70,7 +90,12 @@ impl Cache {
 
     /// What layers have to know of a pass over `tokens`, `[batch, time]`.
     pub fn begin(&self, tokens: &Array) -> Pass {
-        Pass::new(tokens.dim(0), tokens.dim(1), self.length, self.horizon, self.padding.as_deref())
+        let alike = || vec![Row { padding: 0, horizon: 0 }; tokens.dim(0).max(0) as usize];
+        let mut rows = self.rows.clone().unwrap_or_else(alike);
+        for row in &mut rows {
+            row.horizon = row.horizon.max(self.horizon);
+        }
+        Pass::new(rows, tokens.dim(1), self.length)
     }
 
     /// The layers' caches.
@@ -172,97 +197,4 @@ impl LayerCache {
         };
         positions.iter().chain(states.iter().flatten())
     }
-}
-
-/// Values of positions in buffers that grow by [`STEP_TOKENS`], of the dtype of the first ones written. With a window,
-/// only the last positions are kept; what is kept stays in order.
-#[derive(Clone, Debug)]
-pub struct Positions {
-    window: Option<i32>,
-    buffers: Vec<Array>,
-    /// The column that the buffers begin with.
-    first: i32,
-    length: i32,
-}
-
-impl Positions {
-    fn new(window: Option<i32>) -> Self {
-        Self { window, buffers: Vec::new(), first: 0, length: 0 }
-    }
-
-    /// Columns seen so far.
-    pub fn len(&self) -> i32 {
-        self.length
-    }
-
-    /// True if no position was seen.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// Appends `new`, each `[batch, heads, time, …]`, and returns views of what the queries of these positions may see:
-    /// all, or what the window reaches.
-    pub fn update<const N: usize>(&mut self, new: [&Array; N]) -> Result<[Array; N], Exception> {
-        let time = new.first().map_or(0, |array| array.dim(2));
-        let end = self.length + time;
-        let reach = self.window.map_or(self.first, |window| self.first.max(self.length + 1 - window));
-        let capacity = self.buffers.first().map_or(0, |buffer| buffer.dim(2));
-        if end - self.first > capacity {
-            self.grow(new, reach, end)?;
-        }
-        let mut buffers = std::mem::take(&mut self.buffers);
-        if buffers.len() != N {
-            return Err(Exception::custom("a layer's cache holds another number of arrays"));
-        }
-        let mut views = Vec::with_capacity(N);
-        for (buffer, new) in buffers.iter_mut().zip(new) {
-            let (start, stop) =
-                ([0, 0, self.length - self.first, 0], [new.dim(0), new.dim(1), end - self.first, new.dim(3)]);
-            *buffer = ffi::slice_update(buffer, new, start, stop)?;
-            views.push(columns(buffer, reach - self.first, end - self.first)?);
-        }
-        self.buffers = buffers;
-        self.length = end;
-        views.try_into().map_err(|_| Exception::custom("a layer's cache holds another number of arrays"))
-    }
-
-    /// New buffers with room up to `end`, and what was kept from `reach` on.
-    fn grow<const N: usize>(&mut self, new: [&Array; N], reach: i32, end: i32) -> Result<(), Exception> {
-        let first = if self.window.is_some() { reach } else { self.first };
-        let kept = self.length - first;
-        let room = (end - first + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS;
-        let held = std::mem::take(&mut self.buffers);
-        for (index, new) in new.into_iter().enumerate() {
-            let zeros = ops::zeros_dtype(&[new.dim(0), new.dim(1), room - kept, new.dim(3)], new.dtype())?;
-            let buffer = match held.get(index) {
-                Some(held) if kept > 0 => {
-                    let kept = columns(held, first - self.first, self.length - self.first)?;
-                    ops::concatenate(&[kept, zeros], 2)?
-                }
-                _ => zeros,
-            };
-            self.buffers.push(buffer);
-        }
-        self.first = first;
-        Ok(())
-    }
-
-    fn can_trim(&self, length: i32) -> bool {
-        length >= self.length || self.window.is_none_or(|window| self.first == 0 || length - self.first >= window - 1)
-    }
-
-    /// What was written stays until it is overwritten.
-    fn trim(&mut self, length: i32) {
-        if length == 0 {
-            self.first = 0;
-        }
-        self.length = self.length.min(length);
-    }
-}
-
-fn columns(x: &Array, start: i32, stop: i32) -> Result<Array, Exception> {
-    if start == 0 && stop == x.dim(2) {
-        return Ok(x.clone());
-    }
-    ffi::slice(x, [0, 0, start, 0], [x.dim(0), x.dim(1), stop, x.dim(3)])
 }

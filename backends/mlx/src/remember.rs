@@ -1,0 +1,152 @@
+//! What the engine remembers of sequences, in terms of caches: the prefix store over what the graph crate keeps.
+
+use std::borrow::Cow;
+
+use mesh_graph::{Blueprint, Cache, Point, Segment, ffi};
+use mlx_rs::{Array, Dtype, error::Exception};
+
+use crate::prefix::{self, Limits, NamedTensor, Payload, PrefixStore};
+
+/// Prefixes of one model.
+pub struct Remembered {
+    store: PrefixStore<Segment, Point>,
+    blueprint: Blueprint,
+    /// Whether sequences can be taken up only where a point was kept.
+    pub needs_points: bool,
+}
+
+/// Marks tokens of sequences that are computed as longer than the model's length limit: what is kept of them is of no
+/// use to shorter ones. No vocabulary reaches so far.
+const LONG: u32 = 1 << 31;
+
+impl Remembered {
+    /// Nothing yet, of a model whose caches are built like this.
+    pub fn new(blueprint: Blueprint, needs_points: bool, bytes_max: u64) -> Self {
+        Self { store: PrefixStore::new(needs_points, Limits::of_bytes(bytes_max)), blueprint, needs_points }
+    }
+
+    /// How many tokens of a prompt need not be computed.
+    pub fn known(&self, prompt: &[u32], long: bool) -> usize {
+        self.store.known(&key(prompt, long))
+    }
+
+    /// The cache of the longest known prefix of a prompt; `None` if nothing is known.
+    pub fn recall(&mut self, prompt: &[u32], long: bool) -> Result<Option<Cache>, Exception> {
+        let hit = self.store.lookup(&key(prompt, long));
+        if hit.tokens == 0 {
+            return Ok(None);
+        }
+        let cache = Cache::restore(&self.blueprint, &hit.segments, hit.point, hit.tokens as i32)?;
+        mlx_rs::transforms::eval(cache.arrays())?;
+        Ok(Some(cache))
+    }
+
+    /// Remembers the single sequence in `cache`, whose tokens these are, and where it ends if it can be taken up only
+    /// there.
+    pub fn keep(&mut self, tokens: &[u32], long: bool, cache: &Cache) -> Result<(), Exception> {
+        let key = key(tokens, long);
+        let held = self.store.held(&key);
+        let point = if self.needs_points { Some(cache.point()?) } else { None };
+        if held == tokens.len() && point.is_none() {
+            return Ok(());
+        }
+        let segment = cache.segment(held as i32, tokens.len() as i32)?;
+        self.store.insert(&key, held, segment, point).map(|_| ())
+    }
+
+    /// Forgets that a sequence could be taken up after exactly these tokens.
+    pub fn drop_point(&mut self, tokens: &[u32], long: bool) {
+        self.store.drop_point(&key(tokens, long));
+    }
+
+    /// Has a prefix evicted last.
+    pub fn pin(&mut self, tokens: &[u32], long: bool) -> Result<(), Exception> {
+        self.store.pin(&key(tokens, long)).map(|_| ())
+    }
+
+    /// Forgets what was not used for longest until no more than these bytes are held.
+    pub fn evict(&mut self, bytes_max: u64) {
+        if self.store.bytes() <= bytes_max {
+            return;
+        }
+        let evicted = self.store.evict(bytes_max);
+        tracing::debug!(?evicted, bytes_max, held_bytes = self.store.bytes(), "prefixes forgotten");
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        self.store.bytes()
+    }
+}
+
+fn key(tokens: &[u32], long: bool) -> Cow<'_, [u32]> {
+    if long { tokens.iter().map(|token| token | LONG).collect() } else { tokens.into() }
+}
+
+impl Payload for Segment {
+    type Error = Exception;
+
+    fn bytes(&self) -> u64 {
+        Self::bytes(self)
+    }
+
+    fn tensors(&self) -> Result<Vec<NamedTensor>, Exception> {
+        self.arrays.iter().enumerate().map(named).collect()
+    }
+
+    fn from_tensors(tokens: usize, tensors: Vec<NamedTensor>) -> Result<Self, Exception> {
+        let arrays = tensors.iter().map(array).collect::<Result<Vec<_>, _>>()?;
+        match arrays.iter().all(|array| array.ndim() == 4 && array.dim(2) as usize == tokens) {
+            true => Ok(Self { tokens, arrays }),
+            false => Err(Exception::custom("a kept segment is not of its tokens")),
+        }
+    }
+}
+
+impl prefix::Segment for Segment {
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn split(&self, at: usize) -> Result<(Self, Self), Exception> {
+        Self::split(self, at)
+    }
+}
+
+impl Payload for Point {
+    type Error = Exception;
+
+    fn bytes(&self) -> u64 {
+        Self::bytes(self)
+    }
+
+    fn tensors(&self) -> Result<Vec<NamedTensor>, Exception> {
+        self.arrays.iter().enumerate().map(named).collect()
+    }
+
+    fn from_tensors(_: usize, tensors: Vec<NamedTensor>) -> Result<Self, Exception> {
+        Ok(Self { arrays: tensors.iter().map(array).collect::<Result<_, _>>()? })
+    }
+}
+
+const DTYPES: [(Dtype, safetensors::Dtype); 5] = [
+    (Dtype::Float32, safetensors::Dtype::F32),
+    (Dtype::Float16, safetensors::Dtype::F16),
+    (Dtype::Bfloat16, safetensors::Dtype::BF16),
+    (Dtype::Int32, safetensors::Dtype::I32),
+    (Dtype::Uint32, safetensors::Dtype::U32),
+];
+
+fn named((index, array): (usize, &Array)) -> Result<NamedTensor, Exception> {
+    let dtype = DTYPES.iter().find(|(own, _)| *own == array.dtype());
+    let (_, dtype) = dtype.ok_or_else(|| Exception::custom(format!("{:?} is not kept in files", array.dtype())))?;
+    let shape = array.shape().iter().map(|dim| *dim as usize).collect();
+    Ok(NamedTensor { name: index.to_string(), dtype: *dtype, shape, bytes: ffi::to_bytes(array)? })
+}
+
+fn array(tensor: &NamedTensor) -> Result<Array, Exception> {
+    let wrong = || Exception::custom(format!("tensor {} of a kept prefix has no such shape", tensor.name));
+    let (dtype, _) = DTYPES.iter().find(|(_, theirs)| *theirs == tensor.dtype).ok_or_else(wrong)?;
+    let shape = tensor.shape.iter().map(|dim| i32::try_from(*dim)).collect::<Result<Vec<_>, _>>();
+    ffi::from_bytes(&tensor.bytes, &shape.map_err(|_| wrong())?, *dtype).ok_or_else(wrong)
+}
