@@ -74,7 +74,13 @@ pub struct RandomWeights {
 }
 
 /// An engine of `shape` with random weights, ready to serve.
-pub async fn random_engine(shape: &Shape, weights: RandomWeights, device: Device) -> Result<EngineHandle, LoadError> {
+pub async fn random_engine(
+    shape: &Shape,
+    weights: RandomWeights,
+    device: Device,
+    settings: &Value,
+) -> Result<EngineHandle, LoadError> {
+    let settings = Settings::read(settings).map_err(|what| LoadError::Settings { backend: "mlx", what })?;
     let on_cpu = device.kind == DeviceKind::Cpu;
     let (scheme, dtype) = match weights.bits {
         16 => (None, Dtype::Bfloat16),
@@ -108,7 +114,7 @@ pub async fn random_engine(shape: &Shape, weights: RandomWeights, device: Device
     start(Start {
         name: shape.name.into(),
         device,
-        settings: Settings::default(),
+        settings,
         context: Context { tokens: context.unwrap_or(judge::CONTEXT_TOKENS_DEFAULT), asked: false },
         config: shape.config.clone(),
         eos: Vec::new(),

@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -129,6 +129,9 @@ impl Engine for MlxEngine {
             return Err(SubmitError::UnknownToken { id, vocab_size: self.vocab_size });
         }
         let tokens_max = job.tokens_max.unwrap_or(u32::MAX).min(max - length);
+        if self.shared.state.borrow().is_over() {
+            return Err(self.gone());
+        }
         let place = self.place()?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         if tokens_max == 0 {
@@ -169,28 +172,29 @@ impl Engine for MlxEngine {
 struct Events {
     receiver: mpsc::Receiver<Result<Event, EngineError>>,
     state: watch::Receiver<EngineState>,
-    failed: Pin<Box<dyn Future<Output = ()> + Send>>,
-    over: bool,
+    /// Until the engine is over; absent once it is.
+    until_over: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    ended: bool,
 }
 
 impl Events {
     fn new(receiver: mpsc::Receiver<Result<Event, EngineError>>, state: watch::Receiver<EngineState>) -> Self {
         let mut watched = state.clone();
-        let failed = Box::pin(async move {
-            let failed = |state: &EngineState| matches!(state, EngineState::Failed(_));
-            if watched.wait_for(failed).await.is_err() {
-                // Nobody is left who could fail: the channel closes.
-                std::future::pending::<()>().await;
-            }
+        let until_over = Box::pin(async move {
+            let _ = watched.wait_for(EngineState::is_over).await;
         });
-        Self { receiver, state, failed, over: false }
+        Self { receiver, state, until_over: Some(until_over), ended: false }
     }
 
-    fn why(&self) -> EngineError {
-        match &*self.state.borrow() {
+    fn poll_over(&mut self, context: &mut Context<'_>) -> Poll<EngineError> {
+        if let Some(until_over) = &mut self.until_over {
+            ready!(until_over.as_mut().poll(context));
+            self.until_over = None;
+        }
+        Poll::Ready(match &*self.state.borrow() {
             EngineState::Failed(what) => EngineError::Failed { what: what.clone() },
             _ => EngineError::Stopped,
-        }
+        })
     }
 }
 
@@ -198,18 +202,19 @@ impl Stream for Events {
     type Item = Result<Event, EngineError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.over {
+        if self.ended {
             return Poll::Ready(None);
         }
         let event = match self.receiver.poll_recv(context) {
             Poll::Ready(Some(event)) => event,
-            Poll::Ready(None) => Err(self.why()),
-            Poll::Pending => match self.failed.as_mut().poll(context) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(()) => Err(self.why()),
+            // A panicking thread drops its channels before it can say why.
+            Poll::Ready(None) => Err(ready!(self.poll_over(context))),
+            Poll::Pending => match self.poll_over(context) {
+                Poll::Ready(failed @ EngineError::Failed { .. }) => Err(failed),
+                _ => return Poll::Pending,
             },
         };
-        self.over = matches!(event, Ok(Event::Finished { .. }) | Err(_));
+        self.ended = matches!(event, Ok(Event::Finished { .. }) | Err(_));
         Poll::Ready(Some(event))
     }
 }

@@ -9,6 +9,8 @@ mod backend;
 pub mod bench;
 mod device;
 mod engine;
+#[cfg(test)]
+mod engine_tests;
 mod group;
 mod host;
 mod judge;

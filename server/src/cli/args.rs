@@ -305,6 +305,18 @@ pub struct BenchArgs {
     /// Tokens to write
     #[arg(long, value_name = "TOKENS", help_heading = "Bench", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
     pub generate_tokens: u32,
+    /// Requests at once; several numbers are measured one after the other
+    #[arg(long, value_name = "NUMBER", help_heading = "Bench", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub streams: Vec<u32>,
+    /// Measure the time to the first token of a prompt that is sent right behind one of so many tokens
+    #[arg(long, value_name = "TOKENS", help_heading = "Bench", conflicts_with = "streams", value_parser = clap::value_parser!(u32).range(1..))]
+    pub behind: Option<u32>,
+    /// Have a conversation of so many turns, of --prompt-tokens in all, and measure what is not computed again
+    #[arg(long, value_name = "TURNS", help_heading = "Bench", conflicts_with_all = ["streams", "behind"], value_parser = clap::value_parser!(u32).range(2..))]
+    pub conversation: Option<u32>,
+    /// A setting of the mlx backend for a shape, such as prefill_chunk_tokens=512
+    #[arg(long = "set", value_name = "KEY=VALUE", help_heading = "Bench", requires = "shape")]
+    pub settings: Vec<String>,
     /// Runs that count, after one that warms up
     #[arg(long, value_name = "NUMBER", help_heading = "Bench", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
