@@ -183,13 +183,23 @@ impl Disk {
         let _ = opened.and_then(|file| file.set_modified(UNIX_EPOCH + Duration::from_micros(used)));
     }
 
-    /// Whether so many bytes that were used then would be written, as things are.
-    pub fn has_room(&self, bytes: u64, used: u64) -> bool {
-        let entries = self.all();
-        self.failures < WRITE_FAILURES_MAX && give_way(&entries, &self.settings, bytes, used).is_some()
+    /// Fails if a file of so many bytes that were used then would not be written, as things are.
+    pub fn room(&self, bytes: u64, used: u64) -> Result<(), WriteError> {
+        self.doomed(&self.all(), bytes, used).map(drop)
     }
 
-    /// Writes a file that was used then. Answers it, and which files of this model had to give way.
+    /// Which files go so that another can be written.
+    fn doomed<'a>(&self, entries: &'a [Entry], bytes: u64, used: u64) -> Result<Vec<&'a Entry>, WriteError> {
+        if self.failures >= WRITE_FAILURES_MAX {
+            return Err(WriteError::GivenUp);
+        }
+        if bytes > self.settings.bytes_max {
+            return Err(WriteError::Unwritable);
+        }
+        give_way(entries, &self.settings, bytes, used).ok_or(WriteError::NoRoom)
+    }
+
+    /// Writes a file that was used then. Answers it, and the names of those that had to give way.
     pub fn write(
         &mut self,
         before: &Chain,
@@ -199,26 +209,21 @@ impl Disk {
         point: Option<Vec<NamedTensor>>,
         used: u64,
     ) -> Result<(FileRef, Vec<String>), WriteError> {
-        if self.failures >= WRITE_FAILURES_MAX {
-            return Err(WriteError::GivenUp);
+        if !(1..=RUN_TOKENS_MAX).contains(&run.len()) {
+            return Err(WriteError::Unwritable);
         }
         let pointed = point.is_some();
         let head = Head { start, parent: before.hash(), tokens: run.to_vec(), pointed };
         let draft = Draft::new(&self.settings.model, &head, segment, point).map_err(|_| WriteError::Unwritable)?;
         let bytes = draft.bytes();
-        if bytes > self.settings.bytes_max || !(1..=RUN_TOKENS_MAX).contains(&run.len()) {
-            return Err(WriteError::Unwritable);
-        }
         let mut end = before.clone();
         end.extend(run);
         let file = FileRef { name: name(start, &end.hash(), pointed), start, tokens: run.len(), bytes, pointed };
         let entries = self.all();
-        let doomed = give_way(&entries, &self.settings, bytes, used).ok_or(WriteError::NoRoom)?;
         let mut gone = Vec::new();
-        for entry in doomed {
+        for entry in self.doomed(&entries, bytes, used)? {
             let _ = fs::remove_file(&entry.path);
-            let is_own = entry.path.parent() == Some(&self.own);
-            gone.extend(entry.path.file_name().filter(|_| is_own).map(|name| name.to_string_lossy().into_owned()));
+            gone.extend(entry.path.file_name().map(|name| name.to_string_lossy().into_owned()));
         }
         match self.place(&draft, &file.name) {
             Ok(()) => self.failures = 0,
@@ -229,6 +234,7 @@ impl Disk {
             }
         }
         self.stamp(&file, used);
+        // It may have taken its own place.
         gone.retain(|name| *name != file.name);
         Ok((file, gone))
     }
@@ -327,4 +333,43 @@ fn folder_name(model: &str) -> String {
 
 fn is_folder_name(text: &str) -> bool {
     text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_give_way_and_of_equals_what_begins_latest() {
+        let entry = |used, start, bytes| Entry { path: format!("{used} {start}").into(), used, start, bytes };
+        let entries = [entry(2, 0, 10), entry(1, 0, 10), entry(1, 7, 10), entry(1, 3, 10), entry(9, 0, 10)];
+        let limits =
+            |bytes_max, files_max| DiskSettings { folder: PathBuf::new(), bytes_max, files_max, model: String::new() };
+        let gone = |limits: DiskSettings, bytes, used| {
+            let doomed = give_way(&entries, &limits, bytes, used)?;
+            Some(doomed.iter().map(|entry| (entry.used, entry.start)).collect::<Vec<_>>())
+        };
+        assert_eq!(gone(limits(60, 6), 10, 5), Some(vec![]));
+        assert_eq!(gone(limits(59, 6), 10, 5), Some(vec![(1, 7)]));
+        assert_eq!(gone(limits(60, 5), 10, 5), Some(vec![(1, 7)]));
+        assert_eq!(gone(limits(60, 6), 40, 5), Some(vec![(1, 7), (1, 3), (1, 0)]));
+        assert_eq!(gone(limits(60, 6), 41, 5), Some(vec![(1, 7), (1, 3), (1, 0), (2, 0)]));
+        assert_eq!(gone(limits(60, 6), 51, 5), None, "the youngest was used later");
+        assert_eq!(gone(limits(60, 6), 41, 2), None, "what was used at the same time stays");
+        assert_eq!(gone(limits(60, 0), 0, 99), None);
+        assert_eq!(gone(limits(u64::MAX, 99), u64::MAX, 99), Some(vec![]));
+    }
+
+    #[test]
+    fn a_file_has_one_name() {
+        let hash = [0xab; 32];
+        for (start, pointed) in [(0, false), (17, true), (u32::MAX as usize, false)] {
+            let text = name(start, &hash, pointed);
+            assert_eq!(parse_name(&text), Some((start, hash, pointed)));
+            for other in [text.to_uppercase(), format!("0{text}"), format!("{text}x"), text.replace('-', "--")] {
+                assert_eq!(parse_name(&other), None, "{other}");
+            }
+        }
+        assert_eq!(parse_name(&name(1 << 32, &hash, false)), None);
+    }
 }

@@ -1,7 +1,7 @@
-//! Stores with files: restarts, damage, budgets, company.
+//! Stores with files: restarts and damage. What a folder is to its company is in `folder_tests`.
 
 use std::{
-    fs, io,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -14,23 +14,23 @@ use super::{
     tests::{asked, find, put},
 };
 
-type Store = PrefixStore<Run, Mark>;
+pub(super) type Store = PrefixStore<Run, Mark>;
 
-fn settings(folder: &Path) -> DiskSettings {
+pub(super) fn settings(folder: &Path) -> DiskSettings {
     DiskSettings { folder: folder.into(), bytes_max: 1 << 20, files_max: 100, model: "weights, q4".into() }
 }
 
-fn open(folder: &Path, needs_points: bool) -> Store {
+pub(super) fn open(folder: &Path, needs_points: bool) -> Store {
     Store::with_disk(needs_points, Limits::of_bytes(1 << 20), settings(folder)).unwrap()
 }
 
-fn flush(store: &mut Store) {
+pub(super) fn flush(store: &mut Store) {
     while store.flush_some() {}
     store.tree.check();
 }
 
 /// All that is in the folder, by name.
-fn files(folder: &Path) -> Vec<PathBuf> {
+pub(super) fn files(folder: &Path) -> Vec<PathBuf> {
     let models = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let mut files: Vec<_> =
         models.flat_map(|model| fs::read_dir(model).unwrap().map(|file| file.unwrap().path())).collect();
@@ -38,7 +38,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-fn bytes(folder: &Path) -> u64 {
+pub(super) fn bytes(folder: &Path) -> u64 {
     files(folder).iter().map(|file| fs::metadata(file).unwrap().len()).sum()
 }
 
@@ -81,6 +81,67 @@ fn an_edge_that_is_split_after_it_was_written_keeps_its_file() {
             assert_eq!(find(&mut store, &asked(tokens)), tokens.len());
             store.tree.check();
         }
+    }
+}
+
+#[test]
+fn a_point_written_later_is_found_at_the_end_of_an_edge_that_was_split() {
+    let folder = TempDir::new().unwrap();
+    let mut store = open(folder.path(), true);
+    store.insert(&[1, 2, 3], 0, Run(vec![1, 2, 3]), None).unwrap();
+    flush(&mut store);
+    store.insert(&[1, 2, 3], 3, Run(vec![]), Some(Mark(vec![1, 2, 3]))).unwrap();
+    flush(&mut store);
+    put(&mut store, &[1, 9]);
+    flush(&mut store);
+    assert_eq!(files(folder.path()).len(), 3);
+    for _ in 0..4 {
+        let mut store = open(folder.path(), true);
+        assert_eq!((find(&mut store, &[1, 2, 3, 4]), find(&mut store, &[1, 9, 9])), (3, 2));
+        store.tree.check();
+    }
+}
+
+#[test]
+fn a_restart_takes_the_last_used_if_it_cannot_take_all() {
+    let cases = [
+        (10, Limits { bytes_max: 1 << 20, nodes_max: 8 }, "two files make up to eight nodes"),
+        (10, Limits { bytes_max: 1200, nodes_max: 999 }, "two cold nodes fill half of it"),
+        (1000, Limits { bytes_max: 32_000, nodes_max: 999 }, "two files' tokens fill a quarter of it"),
+    ];
+    for (length, limits, why) in cases {
+        let folder = TempDir::new().unwrap();
+        let mut store = open(folder.path(), false);
+        for first in 0..20 {
+            put(&mut store, &vec![first; length]);
+        }
+        find(&mut store, &vec![3; length + 1]);
+        flush(&mut store);
+        let store = Store::with_disk(false, limits, settings(folder.path())).unwrap();
+        store.tree.check();
+        let known = |first: &u32| store.known(&vec![*first; length + 1]) > 0;
+        assert_eq!((0..20).filter(known).collect::<Vec<_>>(), [3, 19], "{why}");
+        assert_eq!(files(folder.path()).len(), 20);
+    }
+}
+
+#[test]
+fn times_that_others_set_do_not_confuse() {
+    let folder = TempDir::new().unwrap();
+    let mut store = open(folder.path(), false);
+    put(&mut store, &[1]);
+    put(&mut store, &[1, 2]);
+    flush(&mut store);
+    let set = |file: &Path, time| fs::File::options().write(true).open(file).unwrap().set_modified(time).unwrap();
+    let late = std::time::SystemTime::now() + std::time::Duration::from_secs(1 << 30);
+    for (first, second) in [(std::time::UNIX_EPOCH, late), (late, std::time::UNIX_EPOCH)] {
+        set(&files(folder.path())[0], first);
+        set(&files(folder.path())[1], second);
+        let mut store = open(folder.path(), false);
+        store.tree.check();
+        assert_eq!(find(&mut store, &[1, 2, 3]), 2);
+        put(&mut store, &[3]);
+        store.tree.check();
     }
 }
 
@@ -256,130 +317,6 @@ fn other_models_and_strangers_are_left_alone() {
     fs::copy(&theirs, &file).unwrap();
     assert_eq!(find(&mut open(folder.path(), false), &[1, 2, 3, 4]), 0);
     assert!(theirs.exists() && stranger.exists() && !file.exists());
-}
-
-#[test]
-fn the_folder_keeps_its_budget_and_leaves_go_first() {
-    for by_count in [false, true] {
-        let folder = TempDir::new().unwrap();
-        let mut limits = settings(folder.path());
-        (limits.bytes_max, limits.files_max) = if by_count { (1 << 20, 5) } else { (4000, 100) };
-        let mut store = Store::with_disk(false, Limits::of_bytes(1 << 20), limits.clone()).unwrap();
-        for last in 0..20 {
-            put(&mut store, &[1]);
-            put(&mut store, &[1, 2, last]);
-            flush(&mut store);
-            assert!(bytes(folder.path()) <= limits.bytes_max && files(folder.path()).len() <= limits.files_max);
-        }
-        assert!(files(folder.path()).len() >= 3);
-        let mut store = Store::with_disk(false, Limits::of_bytes(1 << 20), limits).unwrap();
-        // The first file has what all the others continue.
-        assert_eq!([19, 1, 0].map(|last| find(&mut store, &[1, 2, last, 0])), [3, 2, 3]);
-    }
-}
-
-#[test]
-fn what_was_used_last_is_kept_whatever_is_written_last() {
-    let folder = TempDir::new().unwrap();
-    let limits = DiskSettings { files_max: 2, ..settings(folder.path()) };
-    let mut store = Store::with_disk(false, Limits::of_bytes(1 << 20), limits.clone()).unwrap();
-    for first in 0..6 {
-        put(&mut store, &[first]);
-    }
-    find(&mut store, &[2, 0]);
-    flush(&mut store);
-    let reopened = Store::with_disk(false, Limits::of_bytes(1 << 20), limits).unwrap();
-    assert_eq!((0..6).map(|first| reopened.known(&[first, 0])).collect::<Vec<_>>(), [0, 0, 1, 0, 0, 1]);
-    // Evicted, what found no room is lost, and that is all.
-    store.evict(0);
-    store.tree.check();
-    assert_eq!(files(folder.path()).len(), 2);
-}
-
-#[test]
-fn what_is_too_long_for_the_folder_is_not_written_and_stops_nothing() {
-    let folder = TempDir::new().unwrap();
-    let limits = DiskSettings { bytes_max: 1500, ..settings(folder.path()) };
-    let mut store = Store::with_disk(false, Limits::of_bytes(1 << 20), limits.clone()).unwrap();
-    put(&mut store, &[1]);
-    put(&mut store, &[2; 1000]);
-    flush(&mut store);
-    assert!(bytes(folder.path()) <= 1500);
-    store.evict(0);
-    assert_eq!(store.bytes(), 0);
-    let none = DiskSettings { bytes_max: 0, files_max: 0, ..limits };
-    let mut store = Store::with_disk(false, Limits::of_bytes(1 << 20), none).unwrap();
-    put(&mut store, &[3]);
-    flush(&mut store);
-    store.evict(0);
-    assert_eq!(store.bytes(), 0);
-}
-
-#[test]
-fn files_may_vanish_at_any_time() {
-    for needs_points in [false, true] {
-        let folder = TempDir::new().unwrap();
-        let mut store = open(folder.path(), needs_points);
-        put(&mut store, &[1, 2]);
-        put(&mut store, &[1, 2, 3]);
-        flush(&mut store);
-        let mut cold = open(folder.path(), needs_points);
-        for file in files(folder.path()) {
-            fs::remove_file(file).unwrap();
-        }
-        assert_eq!(cold.known(&[1, 2, 3, 4]), 3);
-        assert_eq!(cold.lookup(&[1, 2, 3, 4]).tokens, 0);
-        assert_eq!(cold.nodes(), 0);
-        // What is in memory is written once more when it has to leave.
-        store.evict(store.bytes() - 50);
-        store.tree.check();
-        assert_eq!(files(folder.path()).len(), 1);
-        assert_eq!(find(&mut store, &[1, 2, 3, 4]), 3);
-        fs::remove_dir_all(folder.path()).unwrap();
-        assert_eq!(find(&mut store, &[1, 2, 3, 4]), 3);
-        put(&mut store, &[5]);
-        assert!(!store.flush_some());
-        store.evict(0);
-        assert_eq!(store.bytes(), 0);
-    }
-}
-
-#[test]
-fn two_processes_share_a_folder() {
-    let folder = TempDir::new().unwrap();
-    let (mut one, mut two) = (open(folder.path(), true), open(folder.path(), true));
-    put(&mut one, &[1, 2]);
-    put(&mut two, &[1, 2]);
-    put(&mut two, &[1, 2, 3]);
-    put(&mut one, &[1, 4]);
-    while one.flush_some() | two.flush_some() {}
-    let mut both = open(folder.path(), true);
-    assert_eq!([&[1, 2, 3, 0][..], &[1, 4, 0], &[1, 2, 0]].map(|prompt| find(&mut both, prompt)), [3, 2, 2]);
-    both.tree.check();
-}
-
-#[cfg(unix)]
-#[test]
-fn nobody_else_may_read_them() {
-    use std::os::unix::fs::PermissionsExt;
-
-    let folder = TempDir::new().unwrap();
-    let inner = folder.path().join("made/for/it");
-    let mut store = open(&inner, false);
-    put(&mut store, &[1, 2]);
-    flush(&mut store);
-    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    let file = files(&inner).remove(0);
-    assert_eq!([inner.as_path(), file.parent().unwrap(), &file].map(mode), [0o700, 0o700, 0o600]);
-}
-
-#[test]
-fn a_folder_that_cannot_be_made_is_said() {
-    let folder = TempDir::new().unwrap();
-    let taken = folder.path().join("taken");
-    fs::write(&taken, "").unwrap();
-    let opened = Store::with_disk(false, Limits::of_bytes(1), settings(&taken));
-    assert!(opened.err().is_some_and(|error: io::Error| !error.to_string().is_empty()));
 }
 
 #[derive(Clone, Debug)]

@@ -17,6 +17,8 @@ mod disk_tests;
 #[cfg(test)]
 mod fakes;
 mod file;
+#[cfg(test)]
+mod folder_tests;
 mod lru;
 mod payload;
 mod restore;

@@ -161,8 +161,8 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
         }
         // What it continues is not to give way to it.
         self.stamp_to(node.parent);
-        let written = if disk.has_room(node.weight(), node.used) { self.write(id) } else { Err(WriteError::NoRoom) };
-        match written {
+        // Asked before tensors are read from the device.
+        match disk.room(node.weight(), node.used).and_then(|()| self.write(id)) {
             Ok(()) => return true,
             Err(WriteError::Unwritable) => self.tree.node_mut(id).unwritable = true,
             Err(WriteError::NoRoom) => self.disk_full_at = self.disk_full_at.max(self.tree.node(id).used),
