@@ -73,6 +73,7 @@ impl Victims {
             match victim {
                 // It has become a leaf, which is in the heap too.
                 Victim::Point(id) if tree.get(id).is_none_or(|node| node.warm_children == 0) => {}
+                Victim::Leaf(id) if tree.get(id).is_none() => {}
                 _ => return Some(victim),
             }
         }

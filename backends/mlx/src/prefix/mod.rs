@@ -5,25 +5,42 @@
 //! recurrences and convolutions. A model that has such layers can be resumed only where a point is, any other model
 //! anywhere.
 //!
-//! No array is known here, no model and no clock: time is counted in uses. The thread that owns the model owns the store.
+//! Files may take what memory has no room for, and keep it beyond a restart (`spill`, `disk`). A node whose payloads are
+//! only in a file is *cold*; a lookup that needs it loads it.
+//!
+//! No array is known here and no model. Time is counted in uses, with files in microseconds as well. The thread that owns
+//! the model owns the store.
 
+mod disk;
+#[cfg(test)]
+mod disk_tests;
 #[cfg(test)]
 mod fakes;
+mod file;
+#[cfg(test)]
+mod folder_tests;
 mod lru;
 mod payload;
+mod restore;
+mod spill;
 #[cfg(test)]
 mod tests;
 mod tree;
 
+pub use disk::DiskSettings;
 pub use payload::{NamedTensor, Payload, Segment};
 pub use tree::{Inserted, Limits};
 
+use disk::Disk;
 use lru::{Room, Victim, Victims};
-use tree::{ROOT, Tree};
+use tree::Tree;
 
 /// Prefixes with what a model keeps of them.
 pub struct PrefixStore<S, P> {
     tree: Tree<S, P>,
+    disk: Option<Disk>,
+    /// When what found no room on the disk was used last: nothing older finds any.
+    disk_full_at: u64,
 }
 
 /// What is known of a prompt.
@@ -39,7 +56,7 @@ pub struct Hit<'a, S, P> {
 /// What an eviction did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Evicted {
-    /// Segments that left memory, each with its point if it had one.
+    /// Segments that left memory, each with its point if it had one; whether or not a file has them.
     pub segments: usize,
     /// Points that left memory alone.
     pub points: usize,
@@ -50,7 +67,7 @@ pub struct Evicted {
 impl<S: Segment, P: Payload> PrefixStore<S, P> {
     /// An empty store. `needs_points` says whether the model can be resumed only at points; if not, none are kept.
     pub fn new(needs_points: bool, limits: Limits) -> Self {
-        Self { tree: Tree::new(needs_points, limits) }
+        Self { tree: Tree::new(needs_points, limits), disk: None, disk_full_at: 0 }
     }
 
     /// What the store occupies: payloads, tokens and nodes.
@@ -63,7 +80,7 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
         self.tree.len()
     }
 
-    /// How much of a prompt [`lookup`](Self::lookup) would find. This is no use of it.
+    /// How much of a prompt [`lookup`](Self::lookup) would find, if the files are what they seem. This is no use of it.
     pub fn known(&self, prompt: &[u32]) -> usize {
         let path = self.tree.resumable(before_last(prompt));
         path.iter().map(|(_, used)| used).sum()
@@ -78,8 +95,14 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
     /// Finds the longest prefix that a prompt can be resumed from: never all of it, because the last token's step gives
     /// the first logits.
     pub fn lookup(&mut self, prompt: &[u32]) -> Hit<'_, S, P> {
-        let path = self.tree.resumable(before_last(prompt));
-        self.tree.touch(&path);
+        let path = loop {
+            let path = self.tree.resumable(before_last(prompt));
+            // Each failure shortens what is known.
+            if self.load(&path) {
+                break path;
+            }
+        };
+        self.touch(&path);
         let tree = &self.tree;
         let segments = path.iter().filter_map(|&(id, used)| Some((tree.node(id).segment.as_ref()?, used))).collect();
         let point = path.last().and_then(|(id, _)| tree.node(*id).point.as_ref());
@@ -90,6 +113,7 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
     /// `point` is the snapshot after the last of them. On an error the segment is lost, and nothing else.
     pub fn insert(&mut self, tokens: &[u32], from: usize, segment: S, point: Option<P>) -> Result<Inserted, S::Error> {
         self.make_room();
+        self.keep_time();
         self.tree.insert(tokens, from, segment, point)
     }
 
@@ -106,25 +130,38 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
         self.tree.pin(tokens)
     }
 
-    /// Evicts what was not used for longest until the store occupies `bytes_max` at most.
+    /// Evicts what was not used for longest until the store occupies `bytes_max` at most. With files, it is written if it
+    /// is not yet.
     pub fn evict(&mut self, bytes_max: u64) -> Evicted {
         self.tree.limit_pins();
         let before = self.tree.bytes();
         let mut evicted = Evicted::default();
+        if before <= bytes_max {
+            return evicted;
+        }
         let mut victims = Victims::new(&self.tree, Room::Memory);
         while self.tree.bytes() > bytes_max {
             match victims.next(&self.tree) {
                 Some(Victim::Point(id)) => {
+                    self.save(id);
                     self.tree.change(id, |node| node.point = None);
                     evicted.points += 1;
                 }
                 Some(Victim::Leaf(id)) => {
                     let parent = self.tree.node(id).parent;
-                    self.tree.remove(id);
+                    if self.save(id) {
+                        self.tree.change(id, |node| (node.segment, node.point) = (None, None));
+                    } else {
+                        self.tree.remove(id);
+                    }
                     victims.offer(&self.tree, parent);
                     evicted.segments += 1;
                 }
-                None => break,
+                // What is left is cold. The files stay; only a restart finds them again.
+                None => {
+                    self.thin(usize::MAX, bytes_max);
+                    break;
+                }
             }
         }
         evicted.bytes = before - self.tree.bytes();
@@ -149,9 +186,7 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
             let Some(Victim::Leaf(id) | Victim::Point(id)) = victims.next(&self.tree) else { break };
             let parent = self.tree.node(id).parent;
             self.tree.remove(id);
-            if parent != ROOT {
-                victims.offer(&self.tree, parent);
-            }
+            victims.offer(&self.tree, parent);
         }
     }
 }

@@ -17,7 +17,7 @@ fn store(needs_points: bool) -> Store {
     Store::new(needs_points, Limits::of_bytes(1 << 20))
 }
 
-fn put(store: &mut Store, tokens: &[u32]) -> Inserted {
+pub(super) fn put(store: &mut Store, tokens: &[u32]) -> Inserted {
     let held = store.held(tokens);
     store.insert(tokens, held, Run(tokens[held..].to_vec()), Some(Mark(tokens.to_vec()))).unwrap()
 }
@@ -32,7 +32,7 @@ fn prove(hit: &Hit<'_, Run, Mark>, prompt: &[u32], needs_points: bool) {
     assert_eq!(point, Some(&prompt[..hit.tokens]).filter(|_| needs_points && hit.tokens > 0));
 }
 
-fn find(store: &mut Store, prompt: &[u32]) -> usize {
+pub(super) fn find(store: &mut Store, prompt: &[u32]) -> usize {
     let known = store.known(prompt);
     let needs_points = store.tree.needs_points;
     let hit = store.lookup(prompt);
@@ -42,7 +42,7 @@ fn find(store: &mut Store, prompt: &[u32]) -> usize {
 }
 
 /// One token more, which a lookup wants to be there.
-fn asked(tokens: &[u32]) -> Vec<u32> {
+pub(super) fn asked(tokens: &[u32]) -> Vec<u32> {
     [tokens, &[u32::MAX]].concat()
 }
 
@@ -165,7 +165,9 @@ fn pinned_paths_go_last_with_their_points() {
     assert_eq!((find(&mut store, &[1, 2, 3, 0]), find(&mut store, &[8, 0])), (2, 1));
     store.evict(pinned);
     assert_eq!((find(&mut store, &[1, 2, 3, 0]), find(&mut store, &[8, 0])), (2, 0));
-    assert_eq!(store.evict(0).segments, 1);
+    // As a leaf, with its point.
+    let bytes = store.bytes();
+    assert_eq!(store.evict(0), Evicted { segments: 1, points: 0, bytes });
     assert_eq!((store.bytes(), store.tree.pinned_bytes()), (0, 0));
 }
 
@@ -318,6 +320,7 @@ fn run(ops: Vec<Op>, needs_points: bool, forgets: bool) {
                     Ok(if held < tokens.len() { Inserted::Stored(tokens.len() - held) } else { Inserted::Held })
                 );
                 assert_eq!(store.known(&asked(&tokens)), tokens.len());
+                assert!(store.tree.pinned_bytes() <= store.tree.limits.bytes_max / 2);
                 naive.points.insert(tokens.clone());
                 naive.sequences.push(tokens);
             }
@@ -333,7 +336,7 @@ fn run(ops: Vec<Op>, needs_points: bool, forgets: bool) {
             Op::Pin(tokens) => {
                 let pinned = store.pin(&tokens).unwrap();
                 assert!(!pinned || store.held(&tokens) == tokens.len());
-                assert!(store.tree.pinned_bytes() <= store.tree.limits.bytes_max / 2);
+                assert!(!pinned || store.tree.pinned_bytes() <= store.tree.limits.bytes_max / 2);
             }
             Op::Evict(bytes_max) => evict(&mut store, bytes_max),
         }

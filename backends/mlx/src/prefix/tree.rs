@@ -229,11 +229,17 @@ impl<S: Segment, P: Payload> Tree<S, P> {
     /// The part of `tokens`' path that a sequence can be resumed from.
     pub fn resumable(&self, tokens: &[u32]) -> Path {
         let mut path = self.walk(ROOT, tokens);
-        let mut bytes = 0;
+        let (mut bytes, mut last) = (0, None);
         let mut fits = |&(id, _): &(NodeId, usize)| {
             let node = self.node(id);
-            let cold = node.file.as_ref().filter(|_| node.segment.is_none());
-            bytes += cold.map_or(node.weight(), |slice| slice.file.bytes);
+            let cold = node.file.as_ref().filter(|_| node.segment.is_none()).map(|slice| &slice.file);
+            // A file is loaded once for all of its parts.
+            bytes += match cold {
+                Some(file) if last == Some(file) => 0,
+                Some(file) => file.bytes,
+                None => node.weight(),
+            };
+            last = cold;
             cold.is_none() || bytes <= self.limits.bytes_max
         };
         path.truncate(path.iter().take_while(|step| fits(step)).count());
@@ -257,6 +263,11 @@ impl<S: Segment, P: Payload> Tree<S, P> {
     pub fn tick(&mut self) -> u64 {
         self.clock += 1;
         self.clock
+    }
+
+    /// Makes it that late at least.
+    pub fn advance(&mut self, now: u64) {
+        self.clock = self.clock.max(now);
     }
 
     /// Says that a path was used now, and the point at its end with it.
@@ -301,8 +312,8 @@ impl<S: Segment, P: Payload> Tree<S, P> {
     }
 
     /// A new node without payloads, which the caller gives it.
-    pub fn add(&mut self, parent: NodeId, run: &[u32]) -> NodeId {
-        let id = self.alloc(Node::new(parent, run, self.clock));
+    pub fn add(&mut self, parent: NodeId, run: &[u32], used: u64) -> NodeId {
+        let id = self.alloc(Node::new(parent, run, used));
         self.node_mut(parent).children.insert(run[0], id);
         id
     }
@@ -333,7 +344,7 @@ impl<S: Segment, P: Payload> Tree<S, P> {
         if let Some(segment) = rest.0 {
             let parent = path.last().map_or(ROOT, |(id, _)| *id);
             let run = &tokens[tokens.len() - segment.tokens()..];
-            let id = self.add(parent, run);
+            let id = self.add(parent, run, 0);
             self.change(id, |node| node.segment = Some(segment));
             path.push((id, run.len()));
         }
@@ -341,6 +352,7 @@ impl<S: Segment, P: Payload> Tree<S, P> {
         if let (Some(point), Some(&(id, _))) = (point, path.last()) {
             self.change(id, |node| node.point = Some(point));
         }
+        self.limit_pins();
         Ok(if held < tokens.len() { Inserted::Stored(tokens.len() - held) } else { Inserted::Held })
     }
 
@@ -375,7 +387,43 @@ impl<S: Segment, P: Payload> Tree<S, P> {
         }
     }
 
-    /// All tokens up to a node's end, the first of which is of the root's child.
+    /// Removes the cold nodes of these files, and what is below them; makes the warm ones unwritten.
+    pub fn forget_files(&mut self, names: &[String]) {
+        if names.is_empty() {
+            return;
+        }
+        let is_of = |node: &Node<S, P>| node.file.as_ref().is_some_and(|slice| names.contains(&slice.file.name));
+        let concerned: Vec<NodeId> = self.iter().filter(|(_, node)| is_of(node)).map(|(id, _)| id).collect();
+        for id in concerned {
+            if self.get(id).is_none() {
+                continue;
+            }
+            if self.is_warm(id) {
+                let node = self.node_mut(id);
+                (node.file, node.point_on_disk) = (None, false);
+            } else {
+                self.remove(id);
+            }
+        }
+    }
+
+    /// The node to be written next: one used last of those whose ancestors are all written. Older ones than `after`
+    /// don't count.
+    pub fn unwritten(&self, after: u64) -> Option<NodeId> {
+        let mut best = None;
+        let mut at = vec![ROOT];
+        while let Some(id) = at.pop() {
+            let node = self.node(id);
+            if id == ROOT || node.is_written() {
+                at.extend(node.children.values().filter(|child| self.node(**child).used > after));
+            } else if !node.unwritable {
+                best = best.max(Some((node.used, id)));
+            }
+        }
+        best.map(|(_, id)| id)
+    }
+
+    /// All tokens up to a node's end.
     pub fn tokens_to(&self, id: NodeId) -> Vec<u32> {
         let mut runs = Vec::new();
         let mut at = id;
@@ -388,11 +436,11 @@ impl<S: Segment, P: Payload> Tree<S, P> {
 }
 
 /// What is left of a segment while it is handed out from the front.
-struct Rest<S>(Option<S>);
+pub(super) struct Rest<S>(pub Option<S>);
 
 impl<S: Segment> Rest<S> {
     /// The first `tokens` tokens; nothing if none are asked for.
-    fn take(&mut self, tokens: usize) -> Result<Option<S>, S::Error> {
+    pub fn take(&mut self, tokens: usize) -> Result<Option<S>, S::Error> {
         match self.0.take() {
             whole if tokens == 0 => {
                 self.0 = whole;
