@@ -20,13 +20,15 @@ use crate::{
     BACKEND, InstallOptions,
     client::Client,
     find::{self, Places},
-    fixture, install, launch,
+    fixture, install,
+    launch::{self, Shape},
     settings::Settings,
     wire::Completion,
 };
 
 /// Nothing here should take this long.
 const SOON: Duration = Duration::from_secs(60);
+const SHAPE: Shape = Shape { context_tokens: 256, slots: 1, slots_chosen: false, cache_mib: 0 };
 const GOLDEN: [&str; 4] = ["llama", "llama_untied", "qwen2", "qwen3"];
 
 fn workspace() -> PathBuf {
@@ -154,7 +156,7 @@ async fn greedy_tokens_equal_the_golden_ones() {
         let dir = shared.join(name);
         let (prompt, greedy) = golden(&dir);
         let settings = Settings::parse(&section(&binary)).unwrap();
-        let launched = launch::launch(&binary, &dir.join("model.gguf"), name, 256, &settings).await.unwrap();
+        let launched = launch::launch(&binary, &dir.join("model.gguf"), name, SHAPE, &settings).await.unwrap();
         assert_eq!(launched.vocab_size, Some(512), "{name}");
         let client: &Client = &launched.client;
         let body = Completion::new(&job(prompt.clone(), Sampling::greedy(), 16), prompt, launched.context_tokens);
@@ -288,9 +290,9 @@ async fn a_crash_reaches_streams_and_the_state_with_its_reason() {
     let Some((binary, shared)) = ready("a_crash_reaches_streams_and_the_state_with_its_reason") else { return };
     let settings = Settings::parse(&section(&binary)).unwrap();
     let gguf = shared.join("llama/model.gguf");
-    let launched = launch::launch(&binary, &gguf, "llama", 256, &settings).await.unwrap();
+    let launched = launch::launch(&binary, &gguf, "llama", SHAPE, &settings).await.unwrap();
     let pid = launched.process.pid;
-    let capabilities = crate::judge::capabilities(256, 1);
+    let capabilities = crate::judge::capabilities(256, 1, 0);
     let engine = crate::engine::LlamaEngine::new(launched.process, launched.client, capabilities, Some(512));
     let engine = EngineHandle::new(&crate::INFO, BACKEND.host(&Value::Null).device.unwrap(), Arc::new(engine));
 
