@@ -184,12 +184,8 @@ impl Engine for LlamaEngine {
         self.check(&job, &prompt)?;
         let body = Completion::new(&job, prompt, self.capabilities.context_tokens_max);
         let (events, stream) = mpsc::channel(EVENTS_BUFFERED_MAX);
-        let running = Running {
-            client: self.client.clone(),
-            state: self.state.clone(),
-            cancel: self.cancel.clone(),
-            events,
-        };
+        let running =
+            Running { client: self.client.clone(), state: self.state.clone(), cancel: self.cancel.clone(), events };
         tokio::spawn(running.run(body, place));
         Ok(Box::pin(ReceiverStream::new(stream)))
     }

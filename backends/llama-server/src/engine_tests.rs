@@ -250,13 +250,35 @@ async fn more_jobs_than_seats_are_refused_and_a_seat_comes_back() {
 }
 
 #[tokio::test]
+async fn whoever_waits_is_told_the_position_and_whenever_it_changes() {
+    let (engine, _closings) = engine(Answer::Silent(PIECE)).await;
+    let mut streams = Vec::new();
+    for _ in 0..4 {
+        streams.push(engine.submit(text()).await.unwrap());
+    }
+    let next = async |stream: &mut EventStream| timeout(SOON, stream.next()).await.unwrap().unwrap().unwrap();
+    let runs = Event::Text { text: "a".into(), tokens: 1 };
+    assert_eq!(next(&mut streams[0]).await, runs);
+    for ahead in 0..3 {
+        assert_eq!(next(&mut streams[1 + ahead as usize]).await, Event::Queued { ahead });
+    }
+    drop(streams.remove(2)); // gives up waiting
+    assert_eq!(next(&mut streams[2]).await, Event::Queued { ahead: 1 });
+    drop(streams.remove(0)); // gives up running
+    assert_eq!(next(&mut streams[0]).await, runs);
+    assert_eq!(next(&mut streams[1]).await, Event::Queued { ahead: 0 });
+}
+
+#[tokio::test]
 async fn the_seat_is_free_once_the_end_is_read() {
     let (engine, _) = engine(Answer::Events("data: {\"content\":\"\",\"stop\":true,\"stop_type\":\"eos\"}\n\n")).await;
     for _ in 0..20 {
-        let streams: Vec<_> =
-            futures::future::join_all((0..1 + QUEUED).map(|_| engine.submit(text()))).await;
+        let streams: Vec<_> = futures::future::join_all((0..1 + QUEUED).map(|_| engine.submit(text()))).await;
         for stream in streams {
-            assert!(matches!(events(stream.unwrap()).await[..], [Ok(Event::Finished { .. })]));
+            let events = events(stream.unwrap()).await;
+            let (last, before) = events.split_last().unwrap();
+            assert!(matches!(last, Ok(Event::Finished { .. })), "{events:?}");
+            assert!(before.iter().all(|event| matches!(event, Ok(Event::Queued { .. }))), "{events:?}");
         }
     }
 }

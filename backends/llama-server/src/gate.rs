@@ -161,7 +161,10 @@ mod tests {
         let expected = [(vec![], true), (vec![0], false), (vec![1], false), (vec![2], false)];
         assert_eq!(places.iter_mut().map(told).collect::<Vec<_>>(), expected);
         drop(places.remove(2)); // gives up waiting
-        assert_eq!(places.iter_mut().map(told).collect::<Vec<_>>(), [(vec![], true), (vec![0], false), (vec![1], false)]);
+        assert_eq!(
+            places.iter_mut().map(told).collect::<Vec<_>>(),
+            [(vec![], true), (vec![0], false), (vec![1], false)]
+        );
         let mut last = gate.enter().unwrap();
         assert_eq!(told(&mut last), (vec![2], false));
         drop(places.remove(0)); // is done

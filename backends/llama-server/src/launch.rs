@@ -67,15 +67,7 @@ pub(crate) async fn launch(
         let client = Client::new(port, &key, SILENCE_MAX).map_err(|source| other("making an HTTP client", source))?;
         let what = format!("starting {}", binary.display());
         let process = Process::start(program).await.map_err(|source| other(what, source))?;
-        tracing::info!(
-            model = name,
-            pid = process.pid,
-            port,
-            context_tokens,
-            slots,
-            cache_mib,
-            "llama-server started"
-        );
+        tracing::info!(model = name, pid = process.pid, port, context_tokens, slots, cache_mib, "llama-server started");
         match wait(&process, &client, settings.start_timeout()).await {
             Wait::Ready => return ready(process, client, slots, name).await,
             Wait::TimedOut(after) => {

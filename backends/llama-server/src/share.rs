@@ -40,7 +40,9 @@ impl Share {
         let (Some(per_slot), Some(available)) = (per_slot.filter(|bytes| *bytes > 0), available_bytes) else {
             let text = match slots {
                 Some(slots) => format!("slots: {slots}, as asked for"),
-                None => "slots: 1, as what a slot takes, or what there is, cannot be told; --max-parallel sets more".into(),
+                None => {
+                    "slots: 1, as what a slot takes, or what there is, cannot be told; --max-parallel sets more".into()
+                }
             };
             let cache_mib = cache_mib.unwrap_or(CACHE_UNSIZED_MIB);
             return Self { slots: slots.unwrap_or(1), cache_mib, reasons: vec![Reason::new(text)] };
