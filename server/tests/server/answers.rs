@@ -188,6 +188,22 @@ async fn characters_split_over_tokens_come_out_whole() {
 }
 
 #[tokio::test]
+async fn long_prompts_come_with_landmarks() {
+    let server = Server::start(Form::Tokens, vec![STOP]).await;
+    let landmarks = async |system: &str| {
+        let messages = json!([{ "role": "system", "content": system }, { "role": "user", "content": "Hi" }]);
+        assert_eq!(server.chat(json!({ "messages": messages })).await.0, 200);
+        server.fake.jobs.lock().unwrap().last().unwrap().landmarks.clone()
+    };
+    let long = "é".repeat(600);
+    let preamble = format!("<system>{long}<user>").len() as u32;
+    let whole = preamble + "Hi<assistant>".len() as u32;
+    let found = landmarks(&long).await;
+    assert_eq!((found.preamble_end, found.message_ends.last()), (Some(preamble), Some(&(whole - 1))));
+    assert_eq!(landmarks("short").await, mesh_core::Landmarks::default(), "not worth it");
+}
+
+#[tokio::test]
 async fn thinking_is_switched_in_the_template() {
     let server = Server::start(Form::Text, vec![STOP]).await;
     for (more, said) in [
