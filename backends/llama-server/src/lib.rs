@@ -28,6 +28,8 @@ pub mod install;
 mod judge;
 mod launch;
 #[cfg(test)]
+mod live_parallel_tests;
+#[cfg(test)]
 mod live_tests;
 mod log;
 mod memory;

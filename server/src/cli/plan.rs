@@ -211,7 +211,9 @@ fn settings(config: &Config, args: &EnvironmentArgs, limits: &LimitArgs) -> BTre
         if let Some(flag) = limits.max_queue {
             section(id, &|section| drop(section.insert(QUEUE_KEY.into(), flag.into())));
         } else if let Some(all) = config.max_queue {
-            section(id, &|section| drop(section.entry(QUEUE_KEY).or_insert(all.into())));
+            section(id, &|section| {
+                section.entry(QUEUE_KEY).or_insert(all.into());
+            });
         }
     }
     settings
