@@ -1,6 +1,12 @@
 //! A model that is ready: its engine, and everything needed to talk with it.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
+};
 
 use mesh_core::{
     EngineHandle, Hint, ModelFamily, ModelProfile, OutputForm, PromptForm, RegistryError, TemplateError, Thinking,
@@ -33,6 +39,7 @@ pub struct ServedModel {
     /// Seconds since 1970 at which it became ready.
     pub since: u64,
     pub(crate) preparing: Semaphore,
+    answered: AtomicBool,
     default_template: Result<Template, TemplateError>,
     tool_template: Option<Result<Template, TemplateError>>,
 }
@@ -134,9 +141,20 @@ impl ServedModel {
             tokenizer,
             since,
             preparing: Semaphore::new(PREPARING_MAX),
+            answered: AtomicBool::new(false),
             default_template: voice.default_template,
             tool_template: voice.tool_template,
         })
+    }
+
+    /// Notes that a request was answered whole.
+    pub(crate) fn note_answer(&self) {
+        self.answered.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether any request was answered whole.
+    pub(crate) fn has_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// The template for a conversation with or without tools.

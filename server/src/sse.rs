@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::Mutex,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{Stream, StreamExt, stream};
@@ -27,6 +27,9 @@ use crate::{
 /// Silence after which a comment is sent, so that nobody in between takes the connection for dead.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
+/// Shortest time between two comments on how far the prompt is read.
+const PREFILL_COMMENT_PAUSE: Duration = Duration::from_secs(1);
+
 /// Which API the events belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
@@ -40,7 +43,12 @@ pub enum Shape {
 /// `error` event.
 pub fn reply(parts: AnswerStream, envelope: Envelope, shape: Shape, include_usage: bool) -> Response {
     let first = (shape == Shape::Chat).then(|| data(&ChatChunk::role(&envelope)));
-    let rest = parts.flat_map(move |part| stream::iter(events(part, &envelope, shape, include_usage)));
+    let mut comments = Comments::default();
+    let rest = parts.flat_map(move |part| {
+        let comment = part.as_ref().ok().and_then(|part| comments.on(part, Instant::now()));
+        let comment = comment.map(|text| Event::default().comment(format!(" {text}")));
+        stream::iter(comment.into_iter().chain(events(part, &envelope, shape, include_usage)))
+    });
     let events = stream::iter(first).chain(rest).map(Ok::<_, Infallible>);
     let kept_alive = warp::sse::keep_alive().interval(KEEP_ALIVE).stream(Exclusive::new(events));
     let mut response = warp::sse::reply(kept_alive).into_response();
@@ -57,7 +65,7 @@ fn events(
     include_usage: bool,
 ) -> Vec<Event> {
     match part {
-        // Time passes while a prompt is read, which the comments of the keep-alive tell.
+        // What comments are for.
         Ok(Part::Queued { .. } | Part::Prefill { .. }) => Vec::new(),
         Ok(Part::Delta(delta)) => match shape {
             Shape::Chat => vec![data(&ChatChunk::delta(envelope, delta))],
@@ -80,6 +88,35 @@ fn events(
         Err(error) => {
             tracing::error!(answer = %envelope.id, %error, "an answer broke off");
             vec![data(&ApiError::from(error).body()).event(" error")]
+        }
+    }
+}
+
+/// What a stream says before the answer begins: comments, which no client takes for a part of it, and which keep those in
+/// between from taking the connection for dead.
+#[derive(Debug, Default)]
+struct Comments {
+    ahead: Option<u32>,
+    prefill: Option<Instant>,
+}
+
+impl Comments {
+    /// The comment on `part` at `now`, if there is something new to say and it was not said just before.
+    fn on(&mut self, part: &Part, now: Instant) -> Option<String> {
+        match *part {
+            Part::Queued { ahead } => {
+                (self.ahead.replace(ahead) != Some(ahead)).then(|| format!("queued, {ahead} ahead"))
+            }
+            Part::Prefill { done, total } => {
+                let recent = self.prefill.is_some_and(|last| now.duration_since(last) < PREFILL_COMMENT_PAUSE);
+                // A prompt that is read needs no comment: the answer follows.
+                if recent || done >= total {
+                    return None;
+                }
+                self.prefill = Some(now);
+                Some(format!("reading the prompt, {done} of {total} tokens"))
+            }
+            Part::Delta(_) | Part::Finished(_) => None,
         }
     }
 }
@@ -115,5 +152,27 @@ impl<T> Stream for Exclusive<T> {
             Ok(stream) => stream.poll_next_unpin(cx),
             Err(_) => Poll::Ready(None),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comments_say_what_is_new_and_not_too_often() {
+        let mut comments = Comments::default();
+        let start = Instant::now();
+        let mut at = |ms: u64, part: Part| comments.on(&part, start + Duration::from_millis(ms));
+        let queued = |ahead| Part::Queued { ahead };
+        assert_eq!(at(0, queued(2)).as_deref(), Some("queued, 2 ahead"));
+        assert_eq!(at(0, queued(2)), None);
+        assert_eq!(at(1, queued(1)).as_deref(), Some("queued, 1 ahead"));
+        let read = |done| Part::Prefill { done, total: 16_000 };
+        assert_eq!(at(2, read(0)).as_deref(), Some("reading the prompt, 0 of 16000 tokens"));
+        assert_eq!(at(1001, read(2048)), None);
+        assert_eq!(at(1002, read(4096)).as_deref(), Some("reading the prompt, 4096 of 16000 tokens"));
+        assert_eq!(at(9000, read(16_000)), None, "it is read");
+        assert_eq!(at(9001, Part::Delta(Delta::Content("x".into()))), None);
     }
 }

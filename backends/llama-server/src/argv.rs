@@ -31,7 +31,9 @@ const OWNED: &[(&[&str], Option<&str>)] = &[
         Some("name the model with --model"),
     ),
     (&["-c", "--ctx-size"], Some("use --ctx")),
-    (&["-np", "--parallel"], Some("set `parallel`")),
+    (&["-np", "--parallel"], Some("use --max-parallel")),
+    (&["-cram", "--cache-ram"], Some("set `prompt_cache_mib`")),
+    (&["--cache-prompt", "--no-cache-prompt"], None),
     (&["-n", "--predict", "--n-predict"], None),
     (&["-sp", "--special"], None),
     (&["--context-shift"], None),
@@ -54,6 +56,11 @@ pub(crate) fn refuse_owned(args: &[String]) -> Result<(), SettingsError> {
     Ok(())
 }
 
+/// How much of a prompt a slot has to hold to be taken for it rather than the slot that was idle for longest; those who read
+/// further arguments may set another. llama.cpp's own tenth has a conversation take the slot of any other that merely begins
+/// with the same instructions, and then find its own prompt neither there nor among the remembered ones.
+const SLOT_SIMILARITY: &str = "0.5";
+
 /// What a command line is made from.
 pub(crate) struct Invocation<'a> {
     /// First shard of the model.
@@ -68,8 +75,8 @@ pub(crate) struct Invocation<'a> {
     pub extra: &'a [String],
 }
 
-/// The arguments, program name excluded. The API key is not among them: it travels by environment, where `ps` does not
-/// show it.
+/// The arguments, program name excluded. The API key and what older builds would stumble over are not among them: see
+/// [`environment`].
 pub(crate) fn arguments(invocation: &Invocation) -> Vec<OsString> {
     // llama-server splits the context it is given evenly over its slots.
     let context = u64::from(invocation.context_tokens) * u64::from(invocation.parallel);
@@ -83,8 +90,15 @@ pub(crate) fn arguments(invocation: &Invocation) -> Vec<OsString> {
         arguments.extend([name.into(), value.into()]);
     }
     arguments.push("--no-webui".into());
+    arguments.extend(["-sps".into(), SLOT_SIMILARITY.into()]);
     arguments.extend(invocation.extra.iter().map(OsString::from));
     arguments
+}
+
+/// What travels by environment: the API key, because `ps` shows arguments, and the size of the prompt cache, because builds
+/// that have none ignore the variable and would refuse the argument.
+pub(crate) fn environment(key: &str, cache_mib: u32) -> Vec<(&'static str, String)> {
+    vec![("LLAMA_API_KEY", key.to_owned()), ("LLAMA_ARG_CACHE_RAM", cache_mib.to_string())]
 }
 
 #[cfg(test)]
@@ -112,7 +126,7 @@ mod tests {
         let line: Vec<_> = arguments(&invocation).into_iter().map(|argument| argument.into_string().unwrap()).collect();
         assert_eq!(
             line.join("|"),
-            "--model|/a b.gguf|--host|127.0.0.1|--port|4711|--ctx-size|1024|--parallel|2|--no-webui|--threads|2"
+            "--model|/a b.gguf|--host|127.0.0.1|--port|4711|--ctx-size|1024|--parallel|2|--no-webui|-sps|0.5|--threads|2"
         );
     }
 }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use mesh_core::{
     BackendInfo, Device, DeviceKind, EngineHandle, Host, InferenceBackend, LoadError, LoadPlan, ModelFamily,
-    ModelProfile, ProgressSink, Stage, Verdict, WeightFormat,
+    ModelProfile, ProgressSink, Reason, Stage, Verdict, WeightFormat,
 };
 use serde_json::Value;
 
@@ -14,9 +14,10 @@ use crate::{
     find::{self, Found, Places},
     install::{self, InstallOptions},
     judge,
-    launch::{self, Launched},
+    launch::{self, Launched, Shape},
     memory,
     settings::Settings,
+    share::Share,
 };
 
 /// What it is.
@@ -91,14 +92,19 @@ impl LlamaServer {
             return Err(LoadError::Weights { what: format!("{}: no GGUF file", profile.root.display()) });
         };
         let context_tokens = context(plan, &settings)?;
+        let (slots, cache_mib) = (settings.parallel_requests_max, settings.prompt_cache_mib);
+        let share = Share::choose(profile, plan.offer.device.memory_bytes, context_tokens, slots, cache_mib);
+        log(&profile.name, &share.reasons);
+        let shape =
+            Shape { context_tokens, slots: share.slots, slots_chosen: slots.is_none(), cache_mib: share.cache_mib };
 
         let stage = Stage::Load { what: profile.name.clone() };
         let total = profile.weight_bytes.value;
         progress.report(&stage, 0, Some(total));
-        let launched = launch::launch(&binary, model, &profile.name, context_tokens, &settings).await?;
+        let launched = launch::launch(&binary, model, &profile.name, shape, &settings).await?;
         progress.report(&stage, total, Some(total));
 
-        let Launched { process, client, vocab_size, .. } = launched;
+        let Launched { process, client, slots, vocab_size, .. } = launched;
         if launched.context_tokens < context_tokens {
             tracing::warn!(
                 asked = context_tokens,
@@ -108,7 +114,8 @@ impl LlamaServer {
             );
         }
         // llama.cpp rounds a context up; what was asked for is what is promised.
-        let capabilities = judge::capabilities(context_tokens.min(launched.context_tokens), settings.parallel);
+        let context_tokens = context_tokens.min(launched.context_tokens);
+        let capabilities = judge::capabilities(context_tokens, slots, settings.queue_requests_max);
         Ok(LlamaEngine::new(process, client, capabilities, vocab_size))
     }
 }
@@ -149,6 +156,11 @@ async fn binary(settings: &Settings, progress: &ProgressSink) -> Result<PathBuf,
     Ok(installed.binary)
 }
 
+fn log(model: &str, reasons: &[Reason]) {
+    let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+    tracing::info!(model, "{}", reasons.join("; "));
+}
+
 /// The context of one request, in tokens, and a line in the log on how it came about.
 fn context(plan: &LoadPlan, settings: &Settings) -> Result<u32, LoadError> {
     let profile = &plan.profile;
@@ -162,9 +174,10 @@ fn context(plan: &LoadPlan, settings: &Settings) -> Result<u32, LoadError> {
         return Ok(asked);
     }
     let offered = plan.offer.capabilities.context_tokens_max;
-    let choice = judge::choose_context(profile, plan.offer.device.memory_bytes, settings.parallel);
-    let reasons: Vec<String> = choice.reasons.iter().map(ToString::to_string).collect();
-    tracing::info!(model = profile.name, "{}", reasons.join("; "));
+    // Slots that nobody asked for take nothing from the context.
+    let slots = settings.parallel_requests_max.unwrap_or(1);
+    let choice = judge::choose_context(profile, plan.offer.device.memory_bytes, slots);
+    log(&profile.name, &choice.reasons);
     // An offer is a promise from above as well: whoever made it may know more about memory than we do.
     Ok(choice.tokens.min(offered).max(1))
 }

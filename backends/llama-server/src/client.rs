@@ -74,6 +74,8 @@ pub(crate) enum Health {
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     http: reqwest::Client,
+    /// Makes a new connection for each request.
+    afresh: reqwest::Client,
     base: Arc<str>,
     key: Arc<str>,
     silence_max: Duration,
@@ -83,10 +85,13 @@ impl Client {
     /// A client of the child at `port` of the loopback interface.
     pub fn new(port: u16, key: &str, silence_max: Duration) -> Result<Self, ClientError> {
         // A proxy configured for the outside world has no business with loopback.
-        let builder = reqwest::Client::builder().no_proxy().http1_only().tcp_nodelay(true);
-        let builder = builder.connect_timeout(CONNECT_MAX).pool_idle_timeout(IDLE_MAX);
-        let http = builder.redirect(reqwest::redirect::Policy::none()).build().map_err(transport)?;
-        Ok(Self { http, base: format!("http://127.0.0.1:{port}").into(), key: key.into(), silence_max })
+        let builder = || {
+            let builder = reqwest::Client::builder().no_proxy().http1_only().tcp_nodelay(true);
+            builder.connect_timeout(CONNECT_MAX).redirect(reqwest::redirect::Policy::none())
+        };
+        let http = builder().pool_idle_timeout(IDLE_MAX).build().map_err(transport)?;
+        let afresh = builder().pool_max_idle_per_host(0).build().map_err(transport)?;
+        Ok(Self { http, afresh, base: format!("http://127.0.0.1:{port}").into(), key: key.into(), silence_max })
     }
 
     /// Whether it is ready. An answer that never comes counts as not yet.
@@ -165,10 +170,12 @@ impl Client {
     }
 
     async fn post(&self, path: &str, body: &impl Serialize) -> Result<Response, ClientError> {
-        let request = || self.http.post(format!("{}{path}", self.base)).bearer_auth(&self.key).json(body).send();
-        let answer = match request().await {
+        let by =
+            |http: &reqwest::Client| http.post(format!("{}{path}", self.base)).bearer_auth(&self.key).json(body).send();
+        let answer = match by(&self.http).await {
             // A kept connection may be closed by the child just as it is used again; nothing was answered, so once more.
-            Err(error) if error.is_request() && !error.is_timeout() => request().await,
+            // Not by another kept one, which may be closed as well: the child closes each after a hundred requests.
+            Err(error) if error.is_request() && !error.is_timeout() => by(&self.afresh).await,
             answer => answer,
         };
         accepted(answer.map_err(transport)?).await

@@ -11,7 +11,7 @@ use std::{
 use async_trait::async_trait;
 use mesh_core::{Capabilities, Engine, EngineError, EngineState, Event, EventStream, Job, Prompt, SubmitError};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     time::{sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,13 +20,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     child::{Ended, Process},
     client::{Client, ClientError},
+    gate::{Gate, Place},
     wire::{Candidate, Completion},
 };
 
 /// Events that may wait for a slow reader, for each job. A reader slower than that holds back its own job only.
 const EVENTS_BUFFERED_MAX: usize = 64;
-/// When a client that was told "busy" may try again.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How long the child has to end once asked to.
 const END_MAX: Duration = Duration::from_secs(5);
 /// How long the reason for a broken connection is waited for: the child's end is noticed a moment after its connections'.
@@ -42,10 +41,8 @@ pub struct LlamaEngine {
     client: Client,
     process: Arc<Process>,
     state: Arc<watch::Sender<EngineState>>,
-    /// One permit for each job that is running or waiting.
-    seats: Arc<Semaphore>,
-    /// One permit for each job that is running. Waiting happens here and not in the child, so that silence means trouble.
-    slots: Arc<Semaphore>,
+    /// A place for each job that is running or waiting.
+    gate: Gate,
     /// Cancels every job.
     cancel: CancellationToken,
     /// The child's end is ours.
@@ -55,8 +52,7 @@ pub struct LlamaEngine {
 impl LlamaEngine {
     /// An engine over a child that is ready. Has to be called inside a tokio runtime.
     pub(crate) fn new(process: Process, client: Client, capabilities: Capabilities, vocab_size: Option<u32>) -> Self {
-        let seats = seats(&capabilities) as usize;
-        let slots = capabilities.requests_parallel_max as usize;
+        let gate = Gate::new(capabilities.requests_parallel_max, capabilities.requests_queued_max);
         let (state, _) = watch::channel(EngineState::Ready);
         let engine = Self {
             capabilities,
@@ -64,8 +60,7 @@ impl LlamaEngine {
             client,
             process: Arc::new(process),
             state: Arc::new(state),
-            seats: Arc::new(Semaphore::new(seats)),
-            slots: Arc::new(Semaphore::new(slots)),
+            gate,
             cancel: CancellationToken::new(),
             stopping: Arc::new(AtomicBool::new(false)),
         };
@@ -103,21 +98,23 @@ impl LlamaEngine {
     ///
     /// The child is over, refuses the prompt, or does not answer.
     pub async fn likeliest(&self, prompt: &[u32], count: u32) -> Result<Vec<Candidate>, EngineError> {
-        let Ok(_slot) = self.slots.acquire().await else { return Err(EngineError::Stopped) };
+        let busy = |_| EngineError::Failed { what: "every place in its queue is taken".into() };
+        let mut place = self.gate.enter().map_err(busy)?;
+        place.turn(|_| {}).await;
         match self.client.likeliest(prompt, count).await {
             Ok(candidates) => Ok(candidates),
             Err(error) => Err(reason(&self.state, &error).await),
         }
     }
 
-    fn admit(&self) -> Result<OwnedSemaphorePermit, SubmitError> {
-        let seat = self.seats.clone().try_acquire_owned();
-        // Looked at after the seat was taken: a drain that begins later waits for this seat.
+    fn admit(&self) -> Result<Place, SubmitError> {
+        let place = self.gate.enter();
+        // Looked at after the place was taken: a drain that begins later waits for this place.
         match &*self.state.borrow() {
             EngineState::Ready => {}
             other => return Err(SubmitError::Gone { why: why(other) }),
         }
-        seat.map_err(|_| SubmitError::Busy { running: seats(&self.capabilities), retry_after: RETRY_AFTER })
+        place.map_err(|full| SubmitError::Busy { running: full.occupied, retry_after: full.retry_after })
     }
 
     async fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
@@ -159,10 +156,6 @@ impl Drop for LlamaEngine {
     }
 }
 
-fn seats(capabilities: &Capabilities) -> u32 {
-    capabilities.requests_parallel_max.saturating_add(capabilities.requests_queued_max)
-}
-
 fn why(state: &EngineState) -> Arc<str> {
     match state {
         EngineState::Failed(why) => why.clone(),
@@ -183,7 +176,7 @@ impl Engine for LlamaEngine {
     }
 
     async fn submit(&self, job: Job) -> Result<EventStream, SubmitError> {
-        let seat = self.admit()?;
+        let place = self.admit()?;
         if let Some(knob) = self.capabilities.lacking(&job).into_iter().next() {
             return Err(SubmitError::Unsupported { knob });
         }
@@ -191,14 +184,9 @@ impl Engine for LlamaEngine {
         self.check(&job, &prompt)?;
         let body = Completion::new(&job, prompt, self.capabilities.context_tokens_max);
         let (events, stream) = mpsc::channel(EVENTS_BUFFERED_MAX);
-        let running = Running {
-            client: self.client.clone(),
-            state: self.state.clone(),
-            slots: self.slots.clone(),
-            cancel: self.cancel.clone(),
-            events,
-        };
-        tokio::spawn(running.run(body, seat));
+        let running =
+            Running { client: self.client.clone(), state: self.state.clone(), cancel: self.cancel.clone(), events };
+        tokio::spawn(running.run(body, place));
         Ok(Box::pin(ReceiverStream::new(stream)))
     }
 
@@ -214,11 +202,11 @@ impl Engine for LlamaEngine {
         });
         if begun {
             // In a task of its own, so that it goes on if this future is dropped.
-            let (seats, total) = (self.seats.clone(), seats(&self.capabilities));
+            let gate = self.gate.clone();
             let (cancel, stopping, process) = (self.cancel.clone(), self.stopping.clone(), self.process.clone());
             tokio::spawn(async move {
                 tokio::select! {
-                    _ = seats.acquire_many(total) => {}
+                    () = gate.emptied() => {}
                     () = cancel.cancelled() => {}
                     _ = process.ended() => return,
                 }
@@ -239,32 +227,32 @@ impl Engine for LlamaEngine {
 struct Running {
     client: Client,
     state: Arc<watch::Sender<EngineState>>,
-    slots: Arc<Semaphore>,
     cancel: CancellationToken,
     events: mpsc::Sender<Result<Event, EngineError>>,
 }
 
 impl Running {
-    /// Runs it to its end. The seat and the slot are given back before the last event is sent, so that whoever reads that
-    /// event finds them free.
-    async fn run(self, body: Completion, seat: OwnedSemaphorePermit) {
+    /// Runs it to its end. The place is given back before the last event is sent, so that whoever reads that event finds it
+    /// free.
+    async fn run(self, body: Completion, mut place: Place) {
         let last = tokio::select! {
             biased;
             // Whoever asked is gone. Dropping the connection is what cancels the job in the child.
             () = self.events.closed() => return,
             () = self.cancel.cancelled() => Err(EngineError::Stopped),
-            last = self.stream(&body) => match last {
+            last = self.stream(&body, &mut place) => match last {
                 Ok(last) => Ok(last),
                 Err(error) => Err(reason(&self.state, &error).await),
             },
         };
-        drop(seat);
+        drop(place);
         let _ = self.events.send(last).await;
     }
 
     /// Passes events on; returns the last one.
-    async fn stream(&self, body: &Completion) -> Result<Event, ClientError> {
-        let _slot = self.slots.acquire().await.map_err(|_| ClientError::CutOff)?;
+    async fn stream(&self, body: &Completion, place: &mut Place) -> Result<Event, ClientError> {
+        // A reader too slow for positions goes without: the place comes to it all the same.
+        place.turn(|ahead| drop(self.events.try_send(Ok(Event::Queued { ahead })))).await;
         let prompt_tokens = u32::try_from(body.prompt.len()).unwrap_or(u32::MAX);
         let mut pieces = self.client.complete(body).await?;
         let mut reported = 0;

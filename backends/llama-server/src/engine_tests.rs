@@ -17,13 +17,14 @@ use crate::{
     child::{Process, Program},
     client::Client,
     engine::LlamaEngine,
-    judge::{REQUESTS_QUEUED_MAX, capabilities},
+    judge::capabilities,
 };
 
 /// Nothing here should take this long.
 const SOON: Duration = Duration::from_secs(20);
 const CONTEXT: u32 = 16;
 const VOCAB: u32 = 100;
+const QUEUED: u32 = 3;
 
 /// What the stand-in answers `/completion` with.
 #[derive(Clone, Copy)]
@@ -113,7 +114,7 @@ async fn engine_at(port: u16, silence_max: Duration) -> LlamaEngine {
     let arguments = vec!["-c".into(), "echo loaded; exec sleep 1000".into()];
     let process = Process::start(Program { binary: "/bin/sh".into(), arguments, environment: vec![] }).await.unwrap();
     let client = Client::new(port, "key", silence_max).unwrap();
-    LlamaEngine::new(process, client, capabilities(CONTEXT, 1), Some(VOCAB))
+    LlamaEngine::new(process, client, capabilities(CONTEXT, 1, QUEUED), Some(VOCAB))
 }
 
 async fn engine(answer: Answer) -> (LlamaEngine, mpsc::UnboundedReceiver<()>) {
@@ -229,12 +230,12 @@ async fn dropping_the_stream_closes_the_connection() {
 async fn more_jobs_than_seats_are_refused_and_a_seat_comes_back() {
     let (engine, _closings) = engine(Answer::Silent(PIECE)).await;
     let mut streams = Vec::new();
-    for _ in 0..1 + REQUESTS_QUEUED_MAX {
+    for _ in 0..1 + QUEUED {
         streams.push(engine.submit(text()).await.unwrap());
     }
     match refused(engine.submit(text()).await) {
         SubmitError::Busy { running, retry_after } => {
-            assert_eq!(running, 1 + REQUESTS_QUEUED_MAX);
+            assert_eq!(running, 1 + QUEUED);
             assert!(!retry_after.is_zero());
         }
         other => panic!("{other}"),
@@ -249,13 +250,35 @@ async fn more_jobs_than_seats_are_refused_and_a_seat_comes_back() {
 }
 
 #[tokio::test]
+async fn whoever_waits_is_told_the_position_and_whenever_it_changes() {
+    let (engine, _closings) = engine(Answer::Silent(PIECE)).await;
+    let mut streams = Vec::new();
+    for _ in 0..4 {
+        streams.push(engine.submit(text()).await.unwrap());
+    }
+    let next = async |stream: &mut EventStream| timeout(SOON, stream.next()).await.unwrap().unwrap().unwrap();
+    let runs = Event::Text { text: "a".into(), tokens: 1 };
+    assert_eq!(next(&mut streams[0]).await, runs);
+    for ahead in 0..3 {
+        assert_eq!(next(&mut streams[1 + ahead as usize]).await, Event::Queued { ahead });
+    }
+    drop(streams.remove(2)); // gives up waiting
+    assert_eq!(next(&mut streams[2]).await, Event::Queued { ahead: 1 });
+    drop(streams.remove(0)); // gives up running
+    assert_eq!(next(&mut streams[0]).await, runs);
+    assert_eq!(next(&mut streams[1]).await, Event::Queued { ahead: 0 });
+}
+
+#[tokio::test]
 async fn the_seat_is_free_once_the_end_is_read() {
     let (engine, _) = engine(Answer::Events("data: {\"content\":\"\",\"stop\":true,\"stop_type\":\"eos\"}\n\n")).await;
     for _ in 0..20 {
-        let streams: Vec<_> =
-            futures::future::join_all((0..1 + REQUESTS_QUEUED_MAX).map(|_| engine.submit(text()))).await;
+        let streams: Vec<_> = futures::future::join_all((0..1 + QUEUED).map(|_| engine.submit(text()))).await;
         for stream in streams {
-            assert!(matches!(events(stream.unwrap()).await[..], [Ok(Event::Finished { .. })]));
+            let events = events(stream.unwrap()).await;
+            let (last, before) = events.split_last().unwrap();
+            assert!(matches!(last, Ok(Event::Finished { .. })), "{events:?}");
+            assert!(before.iter().all(|event| matches!(event, Ok(Event::Queued { .. }))), "{events:?}");
         }
     }
 }

@@ -5,6 +5,8 @@ use mesh_core::{
     WeightFormat,
 };
 
+use crate::{settings::QUEUE_DEFAULT, share::Share};
+
 /// Context chosen where the model does not say how long its own is, in tokens.
 const CONTEXT_UNKNOWN_TOKENS: u32 = 4096;
 /// Longest context chosen where the size of its cache cannot be told, in tokens.
@@ -12,10 +14,8 @@ const CONTEXT_UNSIZED_TOKENS_MAX: u32 = 8192;
 /// Shortest context that scarce memory reduces a choice to, in tokens. What does not fit even so is for the child to
 /// refuse: it may have a device with memory of its own.
 const CONTEXT_TOKENS_MIN: u32 = 2048;
-/// Requests that may wait beyond those that run.
-pub(crate) const REQUESTS_QUEUED_MAX: u32 = 32;
 /// Left for everything that is neither weights nor cache, in bytes.
-const OVERHEAD_BYTES: u64 = 256 << 20;
+pub(crate) const OVERHEAD_BYTES: u64 = 256 << 20;
 
 /// The parameters that `/completion` honours.
 pub(crate) const KNOBS: [Knob; 10] = [
@@ -32,21 +32,25 @@ pub(crate) const KNOBS: [Knob; 10] = [
 ];
 
 /// What engines of this backend accept, but for the numbers of one model.
-pub(crate) fn capabilities(context_tokens_max: u32, requests_parallel_max: u32) -> Capabilities {
+pub(crate) fn capabilities(
+    context_tokens_max: u32,
+    requests_parallel_max: u32,
+    requests_queued_max: u32,
+) -> Capabilities {
     Capabilities {
         prompt: PromptForm::Text,
         output: OutputForm::Text,
         knobs: KNOBS.into(),
         context_tokens_max,
         requests_parallel_max,
-        requests_queued_max: REQUESTS_QUEUED_MAX,
+        requests_queued_max,
         prefix_reuse: true,
         vision: false,
     }
 }
 
-/// Judges a model. `requests_parallel_max` is 1 here: the settings are not known yet, and a load that was told otherwise
-/// reports what it really does.
+/// Judges a model. Settings are not known yet: this is what is chosen unasked, and a load that was told otherwise reports
+/// what it really does.
 pub(crate) fn judge(profile: &ModelProfile, host: &Host) -> Verdict {
     let device = match &host.device {
         Ok(device) => device,
@@ -84,17 +88,21 @@ fn offer(profile: &ModelProfile, device: &Device) -> Offer {
     }
     let choice = choose_context(profile, device.memory_bytes, 1);
     reasons.extend(choice.reasons);
+    let share = Share::choose(profile, device.memory_bytes, choice.tokens, None, None);
+    let (tokens, slots, remembered) = (choice.tokens, share.slots, share.cache_bytes());
+    reasons.extend(share.reasons);
     let memory_bytes = profile.kv_bytes_per_token().map(|kv_bytes| {
         let weights = profile.weight_bytes.value;
-        let cache = kv_bytes.saturating_mul(choice.tokens.into());
-        let total = weights.saturating_add(cache);
+        let held = kv_bytes.saturating_mul(tokens.into()).saturating_mul(slots.into());
+        let total = weights.saturating_add(held).saturating_add(remembered);
         reasons.push(Reason::new(format!(
-            "memory: {weights} bytes of weights + {} tokens × {kv_bytes} bytes of 16-bit keys and values = {total} bytes",
-            choice.tokens
+            "memory: {weights} bytes of weights + {slots} × {tokens} tokens × {kv_bytes} bytes of 16-bit keys and values + \
+             {remembered} bytes of remembered prompts = {total} bytes",
         )));
         total
     });
-    Offer { capabilities: capabilities(choice.tokens, 1), device: device.clone(), memory_bytes, score: 100, reasons }
+    let capabilities = capabilities(tokens, slots, QUEUE_DEFAULT);
+    Offer { capabilities, device: device.clone(), memory_bytes, score: 100, reasons }
 }
 
 /// A context and how it came about.
@@ -179,10 +187,11 @@ mod tests {
     fn a_gguf_is_served_with_the_arithmetic_shown() {
         let Verdict::Serve(offer) = judge(&profile(4096, 1000), &host(Some(1 << 40))) else { panic!("refused") };
         assert_eq!(offer.capabilities.context_tokens_max, 4096);
-        assert_eq!(offer.memory_bytes, Some(1000 + 4096 * 5120));
+        assert_eq!(offer.capabilities.requests_parallel_max, 4);
+        assert_eq!(offer.memory_bytes, Some(1000 + (4 + 4) * 4096 * 5120));
         assert_eq!((offer.score, offer.device.kind), (100, DeviceKind::External));
         let text = texts(&offer.reasons);
-        for part in ["`general.architecture` is `llama`", "4096 tokens × 5120 bytes", "= 20972520 bytes"] {
+        for part in ["`general.architecture` is `llama`", "4 × 4096 tokens × 5120 bytes", "= 167773160 bytes"] {
             assert!(text.contains(part), "{text}");
         }
     }

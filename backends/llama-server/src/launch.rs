@@ -19,11 +19,26 @@ const POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_mil
 /// Lines of the child's log that a failed start quotes.
 const LINES_QUOTED: usize = 12;
 
+/// What a child is asked to make room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// Context of one request, in tokens.
+    pub context_tokens: u32,
+    /// Requests computed at the same time.
+    pub slots: u32,
+    /// True if nobody asked for that many: where memory turns out to be short of them, one will do.
+    pub slots_chosen: bool,
+    /// For remembered prompts, in MiB.
+    pub cache_mib: u32,
+}
+
 /// A child that is ready.
 #[derive(Debug)]
 pub(crate) struct Launched {
     pub process: Process,
     pub client: Client,
+    /// Requests it computes at the same time.
+    pub slots: u32,
     /// Context of one request as the child has it, in tokens.
     pub context_tokens: u32,
     /// Entries in the vocabulary, where the child tells.
@@ -35,31 +50,36 @@ pub(crate) async fn launch(
     binary: &Path,
     model: &Path,
     name: &str,
-    context_tokens: u32,
+    mut shape: Shape,
     settings: &Settings,
 ) -> Result<Launched, LoadError> {
     let mut tries = 1;
     loop {
         let port = free_port().map_err(|source| other("looking for a free port", source))?;
         let key = uuid::Uuid::new_v4().simple().to_string();
-        let invocation = Invocation { model, port, context_tokens, parallel: settings.parallel, extra: &settings.args };
+        let Shape { context_tokens, slots, cache_mib, .. } = shape;
+        let invocation = Invocation { model, port, context_tokens, parallel: slots, extra: &settings.args };
         let program = Program {
             binary: binary.to_owned(),
             arguments: argv::arguments(&invocation),
-            environment: vec![("LLAMA_API_KEY", key.clone())],
+            environment: argv::environment(&key, cache_mib),
         };
         let client = Client::new(port, &key, SILENCE_MAX).map_err(|source| other("making an HTTP client", source))?;
         let what = format!("starting {}", binary.display());
         let process = Process::start(program).await.map_err(|source| other(what, source))?;
-        tracing::info!(model = name, pid = process.pid, port, context_tokens, "llama-server started");
+        tracing::info!(model = name, pid = process.pid, port, context_tokens, slots, cache_mib, "llama-server started");
         match wait(&process, &client, settings.start_timeout()).await {
-            Wait::Ready => return ready(process, client, name).await,
+            Wait::Ready => return ready(process, client, slots, name).await,
             Wait::TimedOut(after) => {
                 return Err(LoadError::TimedOut { what: format!("llama-server with {name}"), after });
             }
             Wait::Ended(_) if tries < PORT_TRIES && port_taken(&process) => {
                 tracing::info!(port, "the port was taken meanwhile; trying another one");
                 tries += 1;
+            }
+            Wait::Ended(_) if slots > 1 && shape.slots_chosen && memory_short(&process) => {
+                tracing::warn!(model = name, slots, "llama-server has no memory for that many slots; trying with one");
+                shape.slots = 1;
             }
             Wait::Ended(ended) => return Err(exited(&process, &ended, binary, name)),
         }
@@ -89,7 +109,7 @@ async fn wait(process: &Process, client: &Client, limit: Duration) -> Wait {
     }
 }
 
-async fn ready(process: Process, client: Client, name: &str) -> Result<Launched, LoadError> {
+async fn ready(process: Process, client: Client, slots: u32, name: &str) -> Result<Launched, LoadError> {
     let asking = |source: ClientError| other(format!("asking llama-server about {name}"), source);
     let context_tokens = client.context_tokens().await.map_err(asking)?;
     // Some builds have no such answer; then unknown tokens are for the child to refuse.
@@ -97,7 +117,7 @@ async fn ready(process: Process, client: Client, name: &str) -> Result<Launched,
         tracing::debug!(%error, "llama-server does not tell the size of the vocabulary");
         None
     });
-    Ok(Launched { process, client, context_tokens, vocab_size })
+    Ok(Launched { process, client, slots, context_tokens, vocab_size })
 }
 
 /// A port that is free now. It may be taken before the child binds it; then another one is tried.
@@ -107,6 +127,13 @@ fn free_port() -> std::io::Result<u16> {
 
 fn port_taken(process: &Process) -> bool {
     ["couldn't bind", "ddress already in use"].iter().any(|words| process.tail.contains(words))
+}
+
+/// Whether the child ended for want of memory, on whatever device it computes: only it knows how much there is.
+fn memory_short(process: &Process) -> bool {
+    ["out of memory", "ailed to allocate", "nable to allocate", "OutOfDeviceMemory"]
+        .iter()
+        .any(|words| process.tail.contains(words))
 }
 
 fn exited(process: &Process, ended: &Ended, binary: &Path, name: &str) -> LoadError {

@@ -1,8 +1,9 @@
 //! llama.cpp's `llama-server` as a managed child process behind the contracts of `mesh-core`.
 //!
 //! The life of a model here: [`settings`] are read, the binary is found ([`mod@find`]) or installed ([`mod@install`]), the model is
-//! judged from its header alone (`judge`), and the child is started (`child`, `launch`), waited for and talked to over
-//! loopback HTTP (`client`, `wire`). `engine` turns one HTTP stream into the events every engine speaks.
+//! judged from its header alone (`judge`), memory is shared out (`share`), and the child is started (`child`, `launch`), waited
+//! for and talked to over loopback HTTP (`client`, `wire`). `engine` turns one HTTP stream into the events every engine
+//! speaks; who has no slot waits at the `gate`.
 //!
 //! Invariants:
 //! - The child never outlives us. It is in a process group of its own and is killed when its engine is dropped; on Linux
@@ -22,15 +23,19 @@ mod engine_tests;
 pub mod find;
 #[cfg(test)]
 mod fixture;
+mod gate;
 pub mod install;
 mod judge;
 mod launch;
+#[cfg(test)]
+mod live_parallel_tests;
 #[cfg(test)]
 mod live_tests;
 mod log;
 mod memory;
 mod pins;
 pub mod settings;
+mod share;
 mod unpack;
 mod wire;
 

@@ -20,13 +20,15 @@ use crate::{
     BACKEND, InstallOptions,
     client::Client,
     find::{self, Places},
-    fixture, install, launch,
+    fixture, install,
+    launch::{self, Shape},
     settings::Settings,
     wire::Completion,
 };
 
 /// Nothing here should take this long.
-const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+const SHAPE: Shape = Shape { context_tokens: 256, slots: 1, slots_chosen: false, cache_mib: 0 };
 const GOLDEN: [&str; 4] = ["llama", "llama_untied", "qwen2", "qwen3"];
 
 fn workspace() -> PathBuf {
@@ -61,7 +63,7 @@ fn binary() -> Result<PathBuf, String> {
 }
 
 /// Both the binary and the shared files, or a line that says what is missing.
-fn ready(test: &str) -> Option<(PathBuf, PathBuf)> {
+pub(crate) fn ready(test: &str) -> Option<(PathBuf, PathBuf)> {
     let golden = workspace().parent().unwrap().join("shared").join("golden");
     if !golden.is_dir() {
         skipped(test, "../shared/golden is not there");
@@ -77,11 +79,11 @@ fn ready(test: &str) -> Option<(PathBuf, PathBuf)> {
 }
 
 /// One thread: the default, as many as cores, makes them wait for each other while other tests run.
-fn section(binary: &Path) -> Value {
+pub(crate) fn section(binary: &Path) -> Value {
     json!({"path": binary, "install": false, "args": ["--threads", "1"], "start_timeout_s": 120})
 }
 
-fn plan(profile: ModelProfile, settings: Value, context_tokens: Option<u32>) -> LoadPlan {
+pub(crate) fn plan(profile: ModelProfile, settings: Value, context_tokens: Option<u32>) -> LoadPlan {
     let host = BACKEND.host(&settings);
     let Verdict::Serve(offer) = BACKEND.judge(&profile, None, &host) else { panic!("refused") };
     LoadPlan { profile: Arc::new(profile), family: None, offer, context_tokens, settings }
@@ -93,7 +95,7 @@ async fn load(binary: &Path, gguf: PathBuf) -> EngineHandle {
 }
 
 /// The prompt of a golden directory and its greedy continuation.
-fn golden(dir: &Path) -> (Vec<u32>, Vec<u32>) {
+pub(crate) fn golden(dir: &Path) -> (Vec<u32>, Vec<u32>) {
     let bytes = fs::read(dir.join("reference.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let ids = |name: &str| {
@@ -103,7 +105,7 @@ fn golden(dir: &Path) -> (Vec<u32>, Vec<u32>) {
     (ids("input_ids"), ids("greedy"))
 }
 
-fn job(tokens: Vec<u32>, sampling: Sampling, tokens_max: u32) -> Job {
+pub(crate) fn job(tokens: Vec<u32>, sampling: Sampling, tokens_max: u32) -> Job {
     Job {
         id: "test".into(),
         prompt: Prompt::Tokens(tokens),
@@ -115,7 +117,7 @@ fn job(tokens: Vec<u32>, sampling: Sampling, tokens_max: u32) -> Job {
     }
 }
 
-async fn answer(engine: &EngineHandle, job: Job) -> (String, FinishReason, Usage) {
+pub(crate) async fn answer(engine: &EngineHandle, job: Job) -> (String, FinishReason, Usage) {
     let stream = engine.submit(job).await.unwrap();
     let events: Vec<_> = timeout(SOON, stream.collect()).await.expect("the stream did not end");
     let (mut text, mut counted) = (String::new(), 0);
@@ -154,7 +156,7 @@ async fn greedy_tokens_equal_the_golden_ones() {
         let dir = shared.join(name);
         let (prompt, greedy) = golden(&dir);
         let settings = Settings::parse(&section(&binary)).unwrap();
-        let launched = launch::launch(&binary, &dir.join("model.gguf"), name, 256, &settings).await.unwrap();
+        let launched = launch::launch(&binary, &dir.join("model.gguf"), name, SHAPE, &settings).await.unwrap();
         assert_eq!(launched.vocab_size, Some(512), "{name}");
         let client: &Client = &launched.client;
         let body = Completion::new(&job(prompt.clone(), Sampling::greedy(), 16), prompt, launched.context_tokens);
@@ -288,9 +290,9 @@ async fn a_crash_reaches_streams_and_the_state_with_its_reason() {
     let Some((binary, shared)) = ready("a_crash_reaches_streams_and_the_state_with_its_reason") else { return };
     let settings = Settings::parse(&section(&binary)).unwrap();
     let gguf = shared.join("llama/model.gguf");
-    let launched = launch::launch(&binary, &gguf, "llama", 256, &settings).await.unwrap();
+    let launched = launch::launch(&binary, &gguf, "llama", SHAPE, &settings).await.unwrap();
     let pid = launched.process.pid;
-    let capabilities = crate::judge::capabilities(256, 1);
+    let capabilities = crate::judge::capabilities(256, 1, 0);
     let engine = crate::engine::LlamaEngine::new(launched.process, launched.client, capabilities, Some(512));
     let engine = EngineHandle::new(&crate::INFO, BACKEND.host(&Value::Null).device.unwrap(), Arc::new(engine));
 

@@ -21,20 +21,40 @@ pub struct Settings {
     pub start_timeout_s: u64,
     /// Where llama-server is installed; absent means `mesh-llm/llama-server` in the user's data directory.
     pub install_dir: Option<PathBuf>,
-    /// Requests computed at the same time, each with a whole context of its own.
-    pub parallel: u32,
+    /// Requests computed at the same time, each with a whole context of its own; absent means as many as memory allows.
+    #[serde(alias = "parallel")]
+    pub parallel_requests_max: Option<u32>,
+    /// Requests that may wait for those; one more is refused.
+    pub queue_requests_max: u32,
+    /// Memory for prompts that no slot holds any more, in MiB, 0 for none; absent means what memory allows.
+    pub prompt_cache_mib: Option<u32>,
 }
 
 /// Longest `start_timeout_s`: a day.
 const START_TIMEOUT_S_MAX: u64 = 24 * 60 * 60;
-/// Largest `parallel`.
-const PARALLEL_MAX: u32 = 64;
+/// Largest `parallel_requests_max`: llama.cpp's own bound.
+const PARALLEL_MAX: u32 = 256;
+/// Largest `queue_requests_max`.
+const QUEUE_MAX: u32 = 4096;
+/// Largest `prompt_cache_mib`: 1 TiB.
+const PROMPT_CACHE_MIB_MAX: u32 = 1 << 20;
+/// `queue_requests_max` unless set.
+pub(crate) const QUEUE_DEFAULT: u32 = 32;
 /// Most extra arguments.
 const ARGS_MAX: usize = 256;
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { path: None, install: true, args: Vec::new(), start_timeout_s: 600, install_dir: None, parallel: 1 }
+        Self {
+            path: None,
+            install: true,
+            args: Vec::new(),
+            start_timeout_s: 600,
+            install_dir: None,
+            parallel_requests_max: None,
+            queue_requests_max: QUEUE_DEFAULT,
+            prompt_cache_mib: None,
+        }
     }
 }
 
@@ -71,7 +91,11 @@ impl Settings {
     pub fn parse(section: &Value) -> Result<Self, SettingsError> {
         let settings = if section.is_null() { Self::default() } else { Self::deserialize(section)? };
         within("start_timeout_s", settings.start_timeout_s, 1, START_TIMEOUT_S_MAX)?;
-        within("parallel", settings.parallel.into(), 1, PARALLEL_MAX.into())?;
+        let parallel = settings.parallel_requests_max.unwrap_or(1);
+        within("parallel_requests_max", parallel.into(), 1, PARALLEL_MAX.into())?;
+        within("queue_requests_max", settings.queue_requests_max.into(), 0, QUEUE_MAX.into())?;
+        let cache_mib = settings.prompt_cache_mib.unwrap_or(0);
+        within("prompt_cache_mib", cache_mib.into(), 0, PROMPT_CACHE_MIB_MAX.into())?;
         within("args", settings.args.len() as u64, 0, ARGS_MAX as u64)?;
         argv::refuse_owned(&settings.args)?;
         Ok(settings)
@@ -104,11 +128,15 @@ mod tests {
         for (section, word) in [
             (json!({"paht": "/x"}), "paht"),
             (json!({"start_timeout_s": 0}), "start_timeout_s"),
-            (json!({"parallel": 65}), "parallel"),
+            (json!({"parallel_requests_max": 257}), "parallel_requests_max"),
+            (json!({"parallel_requests_max": 0}), "parallel_requests_max"),
+            (json!({"queue_requests_max": 4097}), "queue_requests_max"),
+            (json!({"prompt_cache_mib": 1 << 21}), "prompt_cache_mib"),
             (json!({"args": ["--port", "1"]}), "--port"),
             (json!({"args": ["--port=1"]}), "--port"),
             (json!({"args": ["-m", "x.gguf"]}), "-m"),
-            (json!({"args": ["--parallel", "4"]}), "`parallel`"),
+            (json!({"args": ["--parallel", "4"]}), "--max-parallel"),
+            (json!({"args": ["--cache-ram", "9"]}), "`prompt_cache_mib`"),
             (json!({"args": ["--api-key", "x"]}), "--api-key"),
         ] {
             let error = Settings::parse(&section).unwrap_err().to_string();
@@ -120,5 +148,6 @@ mod tests {
     fn other_arguments_pass() {
         let settings = Settings::parse(&json!({"args": ["--threads", "2", "-ngl", "0"], "parallel": 4})).unwrap();
         assert_eq!(settings.args, ["--threads", "2", "-ngl", "0"]);
+        assert_eq!(settings.parallel_requests_max, Some(4), "its short name");
     }
 }

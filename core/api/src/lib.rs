@@ -4,6 +4,7 @@
 //! - [`family`]: who a model is and how it talks; its graph lives in `mesh-graph`.
 //! - [`backend`], [`capability`], [`election`]: who can serve it, how well, and who is chosen.
 //! - [`engine`]: a loaded model: jobs in, events out.
+//! - [`queue`]: who waits for a place in an engine, and for how long.
 //! - [`sampling`], [`chat`]: what a request says.
 //! - [`registry`]: discovery of what the binary links.
 //! - [`error`]: one small enum for each moment that can fail.
@@ -17,6 +18,7 @@ pub mod error;
 pub mod family;
 pub mod profile;
 pub mod progress;
+pub mod queue;
 pub mod registry;
 pub mod sampling;
 

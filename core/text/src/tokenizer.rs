@@ -130,6 +130,16 @@ impl Tokenizer {
         }
     }
 
+    /// As [`Tokenizer::encode`], and where each token ends in `text`, in bytes. Takes somewhat longer.
+    pub fn encode_with_ends(&self, text: &str, add_special: bool) -> Result<(Vec<u32>, Vec<usize>), TokenizerError> {
+        match self.inner.encode(text, add_special) {
+            Ok(encoding) => {
+                Ok((encoding.get_ids().to_vec(), encoding.get_offsets().iter().map(|(_, end)| *end).collect()))
+            }
+            Err(error) => Err(TokenizerError::Encode { what: error.to_string() }),
+        }
+    }
+
     /// The text of token ids, special ones left out: what a decoder makes of them.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut decoder = self.decoder();

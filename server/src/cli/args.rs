@@ -139,6 +139,17 @@ pub struct EnvironmentArgs {
     pub offline: bool,
 }
 
+/// How many requests at once.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct LimitArgs {
+    /// Requests computed at the same time for a model [default: as many as memory allows]
+    #[arg(long, value_name = "NUMBER", help_heading = "Server", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub max_parallel: Option<u32>,
+    /// Requests that may wait for those; one more is answered with 503 [default: 32]
+    #[arg(long, value_name = "NUMBER", help_heading = "Server", value_parser = clap::value_parser!(u32).range(..=4096))]
+    pub max_queue: Option<u32>,
+}
+
 /// `mesh-llm serve`.
 #[derive(Clone, Debug, Default, Args)]
 pub struct ServeArgs {
@@ -146,6 +157,8 @@ pub struct ServeArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub environment: EnvironmentArgs,
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Address to listen on [default: 127.0.0.1]
     #[arg(long, value_name = "ADDRESS", help_heading = "Server")]
     pub host: Option<IpAddr>,

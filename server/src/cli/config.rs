@@ -26,6 +26,10 @@ pub struct Config {
     pub backend: Option<String>,
     /// Context length in tokens.
     pub ctx: Option<u32>,
+    /// Requests computed at the same time for a model.
+    pub max_parallel: Option<u32>,
+    /// Requests that may wait for those.
+    pub max_queue: Option<u32>,
     /// Address to listen on.
     pub host: Option<IpAddr>,
     /// Port to listen on.
@@ -61,6 +65,9 @@ impl Config {
         if config.ctx == Some(0) {
             return Err("`ctx` has to be 1 or more".into());
         }
+        if config.max_parallel == Some(0) {
+            return Err("`max_parallel` has to be 1 or more".into());
+        }
         Ok(config)
     }
 }
@@ -76,6 +83,8 @@ mod tests {
             model = "Qwen3-4B-MLX"
             backend = "auto"
             ctx = 8192
+            max_parallel = 8
+            max_queue = 0
             host = "0.0.0.0"
             port = 8080
             offline = true
@@ -86,6 +95,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.backend.as_deref(), Some("auto"));
+        assert_eq!((config.max_parallel, config.max_queue), (Some(8), Some(0)));
         assert_eq!(config.backends["llama-server"]["args"][1], "2");
     }
 

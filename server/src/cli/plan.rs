@@ -16,7 +16,7 @@ use mesh_models::{DEFAULT_MODEL, Store, StoreOptions, Want};
 use serde_json::{Value, json};
 
 use super::{
-    args::{ChoiceArgs, EnvironmentArgs, ModelArgs},
+    args::{ChoiceArgs, EnvironmentArgs, LimitArgs, ModelArgs},
     config::Config,
     failure::{Exit, Failure},
 };
@@ -101,13 +101,18 @@ pub struct Setting {
 impl Setting {
     /// From flags and configuration.
     pub fn new(args: &EnvironmentArgs) -> Result<Self, Failure> {
+        Self::limited(args, &LimitArgs::default())
+    }
+
+    /// The same for commands that say how many requests are served at once.
+    pub fn limited(args: &EnvironmentArgs, limits: &LimitArgs) -> Result<Self, Failure> {
         let config = Config::read(args.config.as_deref())?;
         let known = registry::backends()?.ids();
         if let Some(name) = config.backends.keys().find(|name| !known.contains(&name.as_str())) {
             let message = format!("the configuration file has settings for a backend called `{name}`");
             return Err(Failure::new(Exit::Usage, message).hint(format!("backends are: {}", known.join(", "))));
         }
-        let settings = settings(&config, args);
+        let settings = settings(&config, args, limits);
         let offline = args.offline || config.offline.unwrap_or(false);
         let store = Store::new(StoreOptions { cache: config.cache.clone(), offline })?;
         let electorate = Electorate::linked(settings)?;
@@ -168,19 +173,48 @@ impl Setting {
     }
 }
 
-fn settings(config: &Config, args: &EnvironmentArgs) -> BTreeMap<String, Value> {
+/// Backends whose engines have places and a line, and thus the two keys below.
+const QUEUED: [&str; 2] = [MLX, LLAMA_SERVER];
+/// Their key for `--max-parallel`.
+const PARALLEL_KEY: &str = "parallel_requests_max";
+/// An older name of it.
+const PARALLEL_ALIAS: &str = "parallel";
+/// Their key for `--max-queue`.
+const QUEUE_KEY: &str = "queue_requests_max";
+
+fn settings(config: &Config, args: &EnvironmentArgs, limits: &LimitArgs) -> BTreeMap<String, Value> {
     let mut settings = config.backends.clone();
-    let mut set = |key: &str, value: Value| {
-        let section = settings.entry(LLAMA_SERVER.to_owned()).or_insert_with(|| json!({}));
-        if let Some(section) = section.as_object_mut() {
-            section.insert(key.to_owned(), value);
-        }
+    let mut section = |id: &str, change: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        let section = settings.entry(id.to_owned()).or_insert_with(|| json!({}));
+        section.as_object_mut().map(change);
     };
     if let Some(path) = &args.llama_server {
-        set("path", path_value(path));
+        section(LLAMA_SERVER, &|section| drop(section.insert("path".into(), path_value(path))));
     }
     if args.no_install {
-        set("install", false.into());
+        section(LLAMA_SERVER, &|section| drop(section.insert("install".into(), false.into())));
+    }
+    // A flag goes before a backend's section, and that before the file's word for all backends.
+    for id in QUEUED {
+        if let Some(flag) = limits.max_parallel {
+            section(id, &|section| {
+                section.remove(PARALLEL_ALIAS);
+                section.insert(PARALLEL_KEY.into(), flag.into());
+            });
+        } else if let Some(all) = config.max_parallel {
+            section(id, &|section| {
+                if !section.contains_key(PARALLEL_ALIAS) {
+                    section.entry(PARALLEL_KEY).or_insert(all.into());
+                }
+            });
+        }
+        if let Some(flag) = limits.max_queue {
+            section(id, &|section| drop(section.insert(QUEUE_KEY.into(), flag.into())));
+        } else if let Some(all) = config.max_queue {
+            section(id, &|section| {
+                section.entry(QUEUE_KEY).or_insert(all.into());
+            });
+        }
     }
     settings
 }
@@ -248,7 +282,31 @@ mod tests {
     fn llama_servers_flags_land_in_its_section() {
         let args = EnvironmentArgs { llama_server: Some("bin/x".into()), no_install: true, ..Default::default() };
         let config: Config = toml::from_str("[backends.llama-server]\nparallel = 2").unwrap();
-        let settings = settings(&config, &args);
+        let settings = settings(&config, &args, &LimitArgs::default());
         assert_eq!(settings["llama-server"], json!({ "parallel": 2, "path": "bin/x", "install": false }));
+        assert!(!settings.contains_key("mlx"));
+    }
+
+    #[test]
+    fn limits_reach_every_backend_that_has_a_line() {
+        let limited = |line: &str, file: &str| {
+            let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+            let settings = settings(&toml::from_str(file).unwrap(), &EnvironmentArgs::default(), &cli.serve.limits);
+            (settings.get("llama-server").cloned(), settings.get("mlx").cloned())
+        };
+        let both = |section: Value| (Some(section.clone()), Some(section));
+        assert_eq!(limited("mesh-llm", ""), (None, None));
+        let keys = json!({ "parallel_requests_max": 3, "queue_requests_max": 0 });
+        assert_eq!(limited("mesh-llm --max-parallel 3 --max-queue 0", ""), both(keys.clone()));
+        assert_eq!(limited("mesh-llm", "max_parallel = 3\nmax_queue = 0"), both(keys.clone()));
+        assert_eq!(
+            limited(
+                "mesh-llm --max-parallel 3",
+                "max_queue = 0\nmax_parallel = 9\n[backends.llama-server]\nparallel = 2"
+            ),
+            both(keys)
+        );
+        let (llama_server, mlx) = limited("mesh-llm", "max_parallel = 9\n[backends.llama-server]\nparallel = 2");
+        assert_eq!((llama_server, mlx), (Some(json!({ "parallel": 2 })), Some(json!({ "parallel_requests_max": 9 }))));
     }
 }

@@ -35,6 +35,8 @@ fn contradictions_are_refused() {
         "mesh-llm --mlx --gguf-file b.gguf",
         "mesh-llm --gguf --mlx-file b.safetensors",
         "mesh-llm --ctx 0",
+        "mesh-llm --max-parallel 0",
+        "mesh-llm --max-queue 4097",
         "mesh-llm --port 70000",
         "mesh-llm --model a explain b",
         "mesh-llm chat --url http://127.0.0.1:9337 --mlx",

@@ -68,7 +68,7 @@ pub struct AnswerStream {
     usage: Usage,
     called_tools: bool,
     /// Keeps the model's parts alive; the engine ends its streams by itself.
-    _model: Arc<ServedModel>,
+    model: Arc<ServedModel>,
 }
 
 impl AnswerStream {
@@ -90,7 +90,7 @@ impl AnswerStream {
             ready: VecDeque::new(),
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
             called_tools: false,
-            _model: model.clone(),
+            model: model.clone(),
         }
     }
 
@@ -161,6 +161,7 @@ impl AnswerStream {
     }
 
     fn finish(&mut self, finish: Finish, timings: Option<Timings>) {
+        self.model.note_answer();
         let rest = self.parser.as_mut().map(|parser| parser.finish()).unwrap_or_default();
         self.deltas(rest);
         let finish = match finish {

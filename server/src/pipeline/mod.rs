@@ -5,6 +5,7 @@
 
 pub mod answer;
 pub mod error;
+mod landmarks;
 pub mod prompt;
 
 use std::sync::Arc;
@@ -83,6 +84,7 @@ pub async fn open(model: &Arc<ServedModel>, ask: Ask) -> Result<AnswerStream, Pi
     settle_knobs(model, &mut job)?;
     let prepared = prompt::prepare(model, ask.subject).await?;
     job.prompt = prepared.prompt;
+    job.landmarks = prepared.landmarks;
     let prompt_tokens = match &job.prompt {
         mesh_core::Prompt::Tokens(ids) => u32::try_from(ids.len()).ok(),
         mesh_core::Prompt::Text { .. } => None,

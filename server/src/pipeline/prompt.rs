@@ -2,17 +2,20 @@
 
 use std::sync::Arc;
 
-use mesh_core::{Prompt, PromptForm, SubmitError, Thinking};
-use mesh_text::{DialectParser, ParserContext, TemplateInput};
-use serde_json::Value;
+use chrono::NaiveDateTime;
+use mesh_core::{Landmarks, Prompt, PromptForm, SubmitError, TemplateError, Thinking};
+use mesh_text::{DialectParser, ParserContext, Template, TemplateInput, Tokenizer};
+use serde_json::{Map, Value};
 
-use super::{Chat, Effort, PipelineError, Subject};
+use super::{Chat, Effort, PipelineError, Subject, landmarks};
 use crate::served::ServedModel;
 
 /// A prompt and what reads its answer.
 pub struct Prepared {
     /// For the engine.
     pub prompt: Prompt,
+    /// Where other prompts are likely to part from it, for engines that remember prompts.
+    pub landmarks: Landmarks,
     /// Absent for text completions, whose answers are text as it comes.
     pub reader: Option<Reader>,
 }
@@ -36,22 +39,47 @@ fn prepare_now(model: &ServedModel, subject: Subject) -> Result<Prepared, Pipeli
     match subject {
         // A rendered template writes its own begin-of-text token; raw text gets it from the tokenizer.
         Subject::Chat(chat) => {
-            let (text, reader) = render(model, chat)?;
-            Ok(Prepared { prompt: in_form(model, text, false)?, reader: Some(reader) })
+            let (conversation, reader) = Conversation::of(model, chat)?;
+            let text = conversation.render(&conversation.messages, true)?;
+            let reader = reader(&text);
+            let (prompt, landmarks) = match model.handle.capabilities().prompt {
+                PromptForm::Text => (Prompt::Text { text, add_special: false }, Landmarks::default()),
+                PromptForm::Tokens => in_tokens(model, &conversation, &text)?,
+            };
+            Ok(Prepared { prompt, landmarks, reader: Some(reader) })
         }
-        Subject::Text(text) => Ok(Prepared { prompt: in_form(model, text, true)?, reader: None }),
-        Subject::Tokens(ids) => Ok(Prepared { prompt: checked(model, ids)?, reader: None }),
+        Subject::Text(text) => {
+            let prompt = match model.handle.capabilities().prompt {
+                PromptForm::Text => Prompt::Text { text, add_special: true },
+                PromptForm::Tokens => checked(model, tokenizer(model)?.encode(&text, true)?)?,
+            };
+            Ok(Prepared { prompt, landmarks: Landmarks::default(), reader: None })
+        }
+        Subject::Tokens(ids) => {
+            Ok(Prepared { prompt: checked(model, ids)?, landmarks: Landmarks::default(), reader: None })
+        }
     }
 }
 
-fn in_form(model: &ServedModel, text: String, add_special: bool) -> Result<Prompt, PipelineError> {
-    match model.handle.capabilities().prompt {
-        PromptForm::Text => Ok(Prompt::Text { text, add_special }),
-        PromptForm::Tokens => {
-            let tokenizer = model.tokenizer.as_ref().ok_or(PipelineError::NoTokenizer)?;
-            checked(model, tokenizer.encode(&text, add_special)?)
-        }
+fn tokenizer(model: &ServedModel) -> Result<&Tokenizer, PipelineError> {
+    model.tokenizer.as_ref().ok_or(PipelineError::NoTokenizer)
+}
+
+/// The tokens of a rendered conversation, and its landmarks where somebody remembers them.
+fn in_tokens(
+    model: &ServedModel,
+    conversation: &Conversation<'_>,
+    text: &str,
+) -> Result<(Prompt, Landmarks), PipelineError> {
+    let tokenizer = tokenizer(model)?;
+    if text.len() < landmarks::PROMPT_BYTES_MIN || !model.handle.capabilities().prefix_reuse {
+        return Ok((checked(model, tokenizer.encode(text, false)?)?, Landmarks::default()));
     }
+    let (ids, ends) = tokenizer.encode_with_ends(text, false)?;
+    let prompt = checked(model, ids)?;
+    let Value::Array(messages) = &conversation.messages else { return Ok((prompt, Landmarks::default())) };
+    let render = |messages| conversation.render(&Value::Array(messages), false).ok();
+    Ok((prompt, landmarks::find(messages, conversation.tools.is_some(), text, &ends, render)))
 }
 
 /// The engine checks again; here the error comes before a place in its queue is taken.
@@ -72,34 +100,58 @@ fn checked(model: &ServedModel, ids: Vec<u32>) -> Result<Prompt, PipelineError> 
     Ok(Prompt::Tokens(ids))
 }
 
-fn render(model: &ServedModel, chat: Chat) -> Result<(String, Reader), PipelineError> {
-    let tools = !chat.tools.is_empty();
-    if tools && !model.dialect.tools() {
-        return Err(PipelineError::NoTools { dialect: model.dialect.id() });
+/// A conversation and everything its template sees beside the messages, so that others can be rendered like it.
+struct Conversation<'a> {
+    template: &'a Template,
+    messages: Value,
+    tools: Option<Value>,
+    kwargs: Map<String, Value>,
+    bos: Option<&'a str>,
+    eos: Option<&'a str>,
+    now: NaiveDateTime,
+}
+
+impl<'a> Conversation<'a> {
+    /// With what makes the reader of its answer, once it is rendered.
+    fn of(model: &'a ServedModel, chat: Chat) -> Result<(Self, impl Fn(&str) -> Reader), PipelineError> {
+        let (dialect, tools) = (model.dialect, !chat.tools.is_empty());
+        if tools && !dialect.tools() {
+            return Err(PipelineError::NoTools { dialect: dialect.id() });
+        }
+        let mut kwargs = chat.kwargs;
+        if let Some(effort) = chat.effort {
+            let (name, value) = switch(model.thinking, effort)?;
+            kwargs.insert(name.to_owned(), value);
+        }
+        let messages =
+            serde_json::to_value(&chat.messages).map_err(|error| TemplateError::Failed { what: error.to_string() })?;
+        let conversation = Self {
+            template: model.template(tools)?,
+            messages,
+            tools: tools.then_some(Value::Array(chat.tools)),
+            kwargs,
+            bos: model.profile.bos_token.as_ref().map(|fact| fact.value.as_str()),
+            eos: model.profile.eos_token.as_ref().map(|fact| fact.value.as_str()),
+            now: chrono::Local::now().naive_local(),
+        };
+        let reader = move |text: &str| {
+            let context = ParserContext { prompt_opens_reasoning: dialect.opens_reasoning(text), tools };
+            Reader { parser: dialect.parser(&context), markers: dialect.markers(&context) }
+        };
+        Ok((conversation, reader))
     }
-    let mut kwargs = chat.kwargs;
-    if let Some(effort) = chat.effort {
-        let (name, value) = switch(model.thinking, effort)?;
-        kwargs.insert(name.to_owned(), value);
+
+    fn render(&self, messages: &Value, add_generation_prompt: bool) -> Result<String, TemplateError> {
+        self.template.render(&TemplateInput {
+            messages,
+            tools: self.tools.as_ref(),
+            add_generation_prompt,
+            bos_token: self.bos,
+            eos_token: self.eos,
+            kwargs: &self.kwargs,
+            now: self.now,
+        })
     }
-    let template = model.template(tools)?;
-    let messages = serde_json::to_value(&chat.messages)
-        .map_err(|error| mesh_core::TemplateError::Failed { what: error.to_string() })?;
-    let tools_value = tools.then_some(Value::Array(chat.tools));
-    let token = |fact: &Option<mesh_core::Fact<String>>| fact.as_ref().map(|fact| fact.value.clone());
-    let (bos, eos) = (token(&model.profile.bos_token), token(&model.profile.eos_token));
-    let text = template.render(&TemplateInput {
-        messages: &messages,
-        tools: tools_value.as_ref(),
-        add_generation_prompt: true,
-        bos_token: bos.as_deref(),
-        eos_token: eos.as_deref(),
-        kwargs: &kwargs,
-        now: chrono::Local::now().naive_local(),
-    })?;
-    let context = ParserContext { prompt_opens_reasoning: model.dialect.opens_reasoning(&text), tools };
-    let reader = Reader { parser: model.dialect.parser(&context), markers: model.dialect.markers(&context) };
-    Ok((text, reader))
 }
 
 /// The template variable that a wish for more or less reasoning comes down to. A model that knows on and off only

@@ -18,7 +18,7 @@ use crate::served::ServedModel;
 
 type Reply = oneshot::Sender<Result<Arc<ServedModel>, SlotError>>;
 
-/// An engine that served for this long and then failed has not failed in a row.
+/// An engine that was there for this long and then failed has not failed in a row, nor has one that answered.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 
 /// What the owner works on besides its inbox.
@@ -173,9 +173,9 @@ impl Owner {
     }
 
     fn ended(&mut self, state: EngineState) {
-        if let Work::Watching { since, .. } = &self.work
-            && since.elapsed() >= HEALTHY_AFTER
-        {
+        let answered = matches!(&*self.state.borrow(), SlotState::Ready(model) if model.has_answered());
+        let lasted = matches!(&self.work, Work::Watching { since, .. } if since.elapsed() >= HEALTHY_AFTER);
+        if answered || lasted {
             self.failures = 0;
         }
         let what = match state {

@@ -61,6 +61,40 @@ async fn a_streamed_chat_answer() {
     insta::assert_snapshot!(text);
 }
 
+/// Byte for byte: waiting and reading show as comments, which parsers of event streams do not take for events, and which
+/// blocking answers know nothing of.
+#[tokio::test]
+async fn waiting_and_reading_show_as_comments() {
+    use eventsource_stream::Eventsource;
+    use futures::StreamExt;
+
+    let script = vec![
+        Step::Queued(3),
+        Step::Queued(1),
+        Step::Queued(1),
+        Step::Reading(0, 16_000),
+        Step::Reading(2048, 16_000),
+        Step::Reading(16_000, 16_000),
+        Step::Text("Paris."),
+        STOP,
+    ];
+    let server = Server::start(Form::Text, script).await;
+    let body = crate::fake::chat(json!({ "stream": true })).to_string();
+    let bytes = server.send("/v1/chat/completions", body.clone()).await.bytes().await.unwrap();
+    let text = String::from_utf8(bytes.to_vec()).unwrap();
+    let (role, rest) = text.split_once("\n\n").unwrap();
+    assert!(role.starts_with("data: {"), "{text}");
+    let comments = ": queued, 3 ahead\n\n: queued, 1 ahead\n\n: reading the prompt, 0 of 16000 tokens\n\n";
+    assert!(rest.starts_with(&format!("{comments}data: {{")), "{text}");
+
+    let stream = server.send("/v1/chat/completions", body).await.bytes_stream().eventsource();
+    let parsed: Vec<_> = stream.map(|event| event.unwrap().data).collect().await;
+    assert_eq!(parsed.len(), 4, "role, text, end, [DONE]: {parsed:?}");
+    assert_eq!(folded(&parsed).0, "Paris.");
+    let (status, whole) = server.chat(json!({})).await;
+    assert_eq!((status, &whole["choices"][0]["message"]["content"]), (200, &json!("Paris.")));
+}
+
 #[tokio::test]
 async fn a_text_completion_gets_a_begin_token_and_no_template() {
     let server = Server::start(Form::Text, vec![Step::Text("<think>"), Step::Text(" four"), STOP]).await;
@@ -151,6 +185,22 @@ async fn characters_split_over_tokens_come_out_whole() {
     let cut = vec![Step::Bytes(&"🦀".as_bytes()[..3]), STOP];
     let (content, _, _, _) = both(Form::Tokens, cut, json!({})).await;
     assert_eq!(content, "\u{fffd}");
+}
+
+#[tokio::test]
+async fn long_prompts_come_with_landmarks() {
+    let server = Server::start(Form::Tokens, vec![STOP]).await;
+    let landmarks = async |system: &str| {
+        let messages = json!([{ "role": "system", "content": system }, { "role": "user", "content": "Hi" }]);
+        assert_eq!(server.chat(json!({ "messages": messages })).await.0, 200);
+        server.fake.jobs.lock().unwrap().last().unwrap().landmarks.clone()
+    };
+    let long = "é".repeat(600);
+    let preamble = format!("<system>{long}<user>").len() as u32;
+    let whole = preamble + "Hi<assistant>".len() as u32;
+    let found = landmarks(&long).await;
+    assert_eq!((found.preamble_end, found.message_ends.last()), (Some(preamble), Some(&(whole - 1))));
+    assert_eq!(landmarks("short").await, mesh_core::Landmarks::default(), "not worth it");
 }
 
 #[tokio::test]

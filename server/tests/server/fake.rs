@@ -34,6 +34,10 @@ pub enum Step {
     Bytes(&'static [u8]),
     /// Reports that the prompt is read.
     Prefill(u32),
+    /// Reports that so many of so many tokens are read.
+    Reading(u32, u32),
+    /// Reports that so many are ahead.
+    Queued(u32),
     /// Waits a moment.
     Pause,
     /// Waits for ever.
@@ -172,6 +176,8 @@ impl Engine for FakeEngine {
                     Ok(Event::Prefill { done: 0, total: 7, cached: 0 })
                 }
                 Step::Hang => std::future::pending().await,
+                Step::Reading(done, total) => Ok(Event::Prefill { done, total, cached: 0 }),
+                Step::Queued(ahead) => Ok(Event::Queued { ahead }),
                 Step::Prefill(total) => Ok(Event::Prefill { done: total, total, cached: 0 }),
                 Step::Text(text) => Ok(Event::Text { text: text.into(), tokens: 1 }),
                 Step::Bytes(bytes) => Ok(Event::Token { id: bytes[0].into() }),

@@ -67,6 +67,22 @@ async fn an_engine_that_fails_ends_its_streams_and_is_started_again() {
 }
 
 #[tokio::test]
+async fn crashes_among_answers_are_not_failures_in_a_row() {
+    let server = Server::start(Form::Text, vec![]).await;
+    for crash in 1..=10 {
+        *server.fake.script.lock().unwrap() = vec![Step::Text("whole"), STOP];
+        assert_eq!(server.chat(json!({})).await.0, 200, "after {} crashes", crash - 1);
+        *server.fake.script.lock().unwrap() = vec![Step::Fail];
+        assert_eq!(server.chat(json!({})).await.0, 500);
+        assert_eq!(server.fake.loads.load(SeqCst), crash);
+    }
+    // One that crashes before it answered anything does fail in a row.
+    assert_eq!(server.chat(json!({})).await.0, 500);
+    let (_, answer) = server.chat(json!({})).await;
+    assert_eq!(answer["error"]["code"], "model_failed", "{answer}");
+}
+
+#[tokio::test]
 async fn a_blocking_answer_that_breaks_off_is_an_error() {
     let server = Server::start(Form::Text, vec![Step::Text("half"), Step::Fail]).await;
     let (status, answer) = server.chat(json!({})).await;

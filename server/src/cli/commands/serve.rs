@@ -19,7 +19,7 @@ use crate::cli::{
 const GRACE: Duration = Duration::from_secs(30);
 
 pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
-    let setting = Setting::new(&args.environment)?;
+    let setting = Setting::limited(&args.environment, &args.limits)?;
     let plan = setting.plan(&args.model)?;
     let wanted = setting.address(args.host, args.port);
     // Bound before anything is loaded: a model takes its time, an address does not.
