@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     device::{Context, Start, gate, placement, read, start},
+    identity::Identity,
     judge,
     settings::Settings,
 };
@@ -118,6 +119,10 @@ pub async fn random_engine(
         context: Context { tokens: context.unwrap_or(judge::CONTEXT_TOKENS_DEFAULT), asked: false },
         config: shape.config.clone(),
         eos: Vec::new(),
+        identity: Identity {
+            weights: Vec::new(),
+            circumstances: format!("{} {} {} {}", shape.name, weights.bits, weights.seed, kind),
+        },
         build: Box::new(build),
     })
     .await

@@ -23,8 +23,10 @@ use crate::{
     backend::INFO,
     engine::{MlxEngine, Shared, Work},
     host,
+    identity::Identity,
     judge::{self, Residency},
     memory::{FreeMemory, Question, Sizes, plan},
+    prefix::DiskSettings,
     remember::Remembered,
     runner::{Parts, Runner},
     schedule::Limits,
@@ -52,8 +54,12 @@ pub async fn load(plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle
 
     let eos = plan.profile.eos_token_ids.iter().map(|fact| fact.value).collect();
     let (name, device, config) = (plan.profile.name.clone(), plan.offer.device.clone(), plan.profile.config.clone());
+    let identity = Identity {
+        weights: plan.profile.weights.clone(),
+        circumstances: format!("{} {} {config}", device.kind, residency.dequantize),
+    };
     let build = move |abandoned: &AtomicBool| build(&plan, &residency, &progress, abandoned);
-    start(Start { name, device, settings, context, config, eos, build: Box::new(build) }).await
+    start(Start { name, device, settings, context, config, eos, identity, build: Box::new(build) }).await
 }
 
 /// Makes a model, or gives up once the flag is set.
@@ -82,6 +88,8 @@ pub struct Start {
     pub config: Value,
     /// Tokens that end a generation.
     pub eos: Vec<u32>,
+    /// Tells its files of prefixes from others'.
+    pub identity: Identity,
     /// Makes the model, on the thread.
     pub build: Box<Build>,
 }
@@ -194,7 +202,7 @@ fn run(
 
 /// Builds the model, has it compute one token, and plans its memory with what that told.
 fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result<(Runner, Ready), LoadError> {
-    let Start { name, device, settings, context, config, eos, build } = start;
+    let Start { name, device, settings, context, config, eos, identity, build } = start;
     let before = memory::active_bytes();
     let device_bytes = device_bytes(&device, &settings);
     let model = build(abandoned)?;
@@ -241,10 +249,33 @@ fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result
         footprint,
         sizes,
         free_memory: FreeMemory { kind: device.kind, workspace_bytes: planned.workspace_bytes },
-        remembered: Remembered::new(blueprint, needs_points, remembered_bytes_max),
+        remembered: Remembered::new(blueprint, needs_points, remembered_bytes_max, prefix_files(&settings, &identity)),
         model,
     });
     Ok((runner, Ready { vocab_size, capabilities }))
+}
+
+/// Files of prefixes in the usual numbers: no folder of a desktop has more.
+const PREFIX_FILES_MAX: usize = 16_384;
+
+/// Where prefixes are kept, if they are.
+fn prefix_files(settings: &Settings, identity: &Identity) -> Option<DiskSettings> {
+    let bytes_max = settings.prefix_files_bytes_max;
+    if bytes_max == 0 {
+        return None;
+    }
+    let usual = || dirs::cache_dir().map(|dir| dir.join("mesh-llm").join("prefixes"));
+    let Some(folder) = settings.prefix_files_dir.clone().or_else(usual) else {
+        tracing::warn!("prefixes are not kept in files: there is no cache directory; `prefix_files_dir` names one");
+        return None;
+    };
+    match identity.hash() {
+        Ok(model) => Some(DiskSettings { folder, bytes_max, files_max: PREFIX_FILES_MAX, model }),
+        Err(error) => {
+            tracing::warn!("prefixes are not kept in files: the weights cannot be read: {error}");
+            None
+        }
+    }
 }
 
 /// How much shorter chunks of prompts are while others wait for a token.

@@ -8,14 +8,14 @@ use std::{
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use futures::Stream;
 use mesh_core::{
     Capabilities, Engine, EngineError, EngineState, Event, EventStream, FinishReason, Job, Prompt, PromptForm,
-    SubmitError, Timings, Usage,
+    SubmitError, Timings, Usage, queue::Pace,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -36,6 +36,8 @@ pub struct Shared {
     pub admitted: AtomicU32,
     /// The step under way.
     pub pulse: Pulse,
+    /// How long jobs hold their places.
+    pub pace: Mutex<Pace>,
 }
 
 impl Shared {
@@ -43,7 +45,7 @@ impl Shared {
     pub fn starting() -> Arc<Self> {
         let (state, _) = watch::channel(EngineState::Starting);
         let (cancelled, admitted) = (AtomicBool::new(false), AtomicU32::new(0));
-        Arc::new(Self { state, cancelled, admitted, pulse: Pulse::default() })
+        Arc::new(Self { state, cancelled, admitted, pulse: Pulse::default(), pace: Mutex::default() })
     }
 
     /// Begins a step of the device thread; it is over when what is returned is dropped.
@@ -62,11 +64,15 @@ pub struct Work {
 }
 
 /// A place among the admitted; given up when dropped.
-pub struct Place(Arc<Shared>);
+pub struct Place {
+    shared: Arc<Shared>,
+    since: Instant,
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.admitted.fetch_sub(1, Ordering::Relaxed);
+        self.shared.admitted.fetch_sub(1, Ordering::Relaxed);
+        self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner).record(self.since.elapsed());
     }
 }
 
@@ -82,11 +88,13 @@ impl MlxEngine {
     fn place(&self) -> Result<Place, SubmitError> {
         let max = self.capabilities.requests_parallel_max + self.capabilities.requests_queued_max;
         let admitted = self.shared.admitted.fetch_add(1, Ordering::Relaxed);
-        let place = Place(self.shared.clone());
         if admitted >= max {
-            return Err(SubmitError::Busy { running: admitted, retry_after: Duration::from_secs(1) });
+            self.shared.admitted.fetch_sub(1, Ordering::Relaxed);
+            let pace = *self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner);
+            // Places are held from admission on, waiting included: all of them turn over in the time of one.
+            return Err(SubmitError::Busy { running: admitted, retry_after: pace.retry_after(1, max) });
         }
-        Ok(place)
+        Ok(Place { shared: self.shared.clone(), since: Instant::now() })
     }
 
     fn gone(&self) -> SubmitError {

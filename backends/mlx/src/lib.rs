@@ -13,6 +13,7 @@ mod engine;
 mod engine_tests;
 mod group;
 mod host;
+mod identity;
 mod judge;
 mod memory;
 mod prefix;

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use mesh_graph::{Blueprint, Cache, Point, Segment, ffi};
 use mlx_rs::{Array, Dtype, error::Exception};
 
-use crate::prefix::{self, Limits, NamedTensor, Payload, PrefixStore};
+use crate::prefix::{self, DiskSettings, Limits, NamedTensor, Payload, PrefixStore};
 
 /// Prefixes of one model.
 pub struct Remembered {
@@ -20,9 +20,23 @@ pub struct Remembered {
 const LONG: u32 = 1 << 31;
 
 impl Remembered {
-    /// Nothing yet, of a model whose caches are built like this.
-    pub fn new(blueprint: Blueprint, needs_points: bool, bytes_max: u64) -> Self {
-        Self { store: PrefixStore::new(needs_points, Limits::of_bytes(bytes_max)), blueprint, needs_points }
+    /// Of a model whose caches are built like this: nothing yet, or what earlier engines left in `files`. Files that cannot
+    /// be used are done without.
+    pub fn new(blueprint: Blueprint, needs_points: bool, bytes_max: u64, files: Option<DiskSettings>) -> Self {
+        let limits = Limits::of_bytes(bytes_max);
+        let store = files.and_then(|files| {
+            let folder = files.folder.clone();
+            PrefixStore::with_disk(needs_points, limits, files)
+                .inspect_err(|error| tracing::warn!("{}: prefixes are not kept in files: {error}", folder.display()))
+                .ok()
+        });
+        let store = store.unwrap_or_else(|| PrefixStore::new(needs_points, limits));
+        Self { store, blueprint, needs_points }
+    }
+
+    /// Writes a little of what no file has yet; answers whether there is more.
+    pub fn save_some(&mut self) -> bool {
+        self.store.flush_some()
     }
 
     /// How many tokens of a prompt need not be computed.

@@ -121,6 +121,8 @@ impl Runner {
                     self.write();
                 }
                 Step::Wait if !self.sequences.is_empty() || !self.leaving.is_empty() => thread::sleep(READER_POLL),
+                // Nobody waits: what is remembered may go to files.
+                Step::Wait if self.save_some() => {}
                 Step::Wait if !open => return,
                 Step::Wait => match inbox.blocking_recv() {
                     Some(work) => self.arrive(work),
@@ -128,6 +130,12 @@ impl Runner {
                 },
             }
         }
+    }
+
+    fn save_some(&mut self) -> bool {
+        let _gate = gate();
+        let _doing = self.shared.doing(Doing::Remember);
+        self.remembered.save_some()
     }
 
     /// Takes in whoever has come; answers whether more may come.
