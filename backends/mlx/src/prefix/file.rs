@@ -280,3 +280,56 @@ pub(super) fn unhex(text: &str) -> Option<Hash> {
     let bytes: Vec<u8> = digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect();
     bytes.try_into().ok().filter(|_| digits.len() == 64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(name: &str, count: usize) -> NamedTensor {
+        NamedTensor { name: name.into(), dtype: Dtype::BF16, shape: vec![count, 1], bytes: vec![7; 4] }
+    }
+
+    fn write(model: &str, segment: Vec<NamedTensor>, point: Option<Vec<NamedTensor>>) -> Result<Vec<u8>, FileError> {
+        let head = Head { start: 5, parent: [3; 32], tokens: vec![1, 2], pointed: point.is_some() };
+        let draft = Draft::new(model, &head, segment, point)?;
+        let mut bytes = io::Cursor::new(Vec::new());
+        draft.write(&mut bytes)?;
+        assert_eq!(draft.bytes(), bytes.get_ref().len() as u64);
+        let read = read_head(&bytes.get_ref()[..], draft.bytes(), model)?;
+        assert_eq!(read, head);
+        Ok(bytes.into_inner())
+    }
+
+    #[test]
+    fn tensors_come_back_in_their_order_with_their_names() {
+        let segment = vec![tensor("z", 2), tensor("a", 2), tensor("tokens", 2), tensor("point.a", 2)];
+        for point in [None, Some(vec![]), Some(vec![tensor("z", 2), tensor("a", 2)])] {
+            // A model's name that looks like a checksum's place.
+            let bytes = write("\"sha256\":\"", segment.clone(), point.clone()).unwrap();
+            let content = read_content(&bytes[..], bytes.len() as u64).unwrap();
+            assert_eq!((content.segment, content.point), (segment.clone(), point));
+            // Others can read it too.
+            assert!(safetensors::SafeTensors::deserialize(&bytes).is_ok());
+        }
+    }
+
+    #[test]
+    fn what_makes_no_file_is_refused() {
+        assert!(write("", vec![tensor("a", 2), tensor("a", 2)], None).is_err(), "one name");
+        assert!(write("", vec![tensor("a", 3)], None).is_err(), "too few bytes");
+        assert!(write(&"m".repeat(2 << 20), vec![], None).is_err(), "a header that no reader takes");
+        assert!(write("", vec![], None).is_ok());
+    }
+
+    #[test]
+    fn a_chain_knows_its_tokens_and_not_their_cuts() {
+        let chain = |model: &str, runs: &[&[u32]]| {
+            let mut chain = Chain::new(model);
+            runs.iter().for_each(|run| chain.extend(run));
+            chain.hash()
+        };
+        assert_eq!(chain("m", &[&[1, 2], &[3]]), chain("m", &[&[1], &[2, 3]]));
+        assert_ne!(chain("m", &[&[1, 2]]), chain("m", &[&[2, 1]]));
+        assert_ne!(chain("m", &[]), chain("n", &[]));
+    }
+}
