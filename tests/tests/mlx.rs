@@ -170,6 +170,55 @@ async fn a_queue_is_bounded_and_says_where_one_stands() {
     engine::queues(&*engine, Prompt::Tokens(reference(&root).0)).await;
 }
 
+/// A conversation of ten turns is computed once, whatever the cache; with files, so it is after a restart; and other
+/// weights know nothing of it.
+#[tokio::test]
+async fn a_conversation_is_computed_once() {
+    for name in ["llama", "gemma3_text", "lfm2", "qwen3_next"] {
+        let Some(root) = shared("a_conversation_is_computed_once", &format!("golden/{name}")) else { return };
+        let folder = tempfile::tempdir().expect("a folder");
+        let settings = json!({
+            "device": "cpu", "prefill_chunk_tokens": 64, "prefix_files_bytes_max": 1 << 30, "prefix_files_dir": folder.path(),
+        });
+        let load = async |profile: ModelProfile| {
+            let plan = LoadPlan { context_tokens: Some(1000), ..plan(profile, settings.clone()) };
+            backend().load(plan, ProgressSink::silent()).await.expect("loaded")
+        };
+        let (ids, _) = reference(&root);
+        let ask = async |engine: &EngineHandle, prompt: &[u32]| {
+            let landmarks = Landmarks { message_ends: vec![prompt.len() as u32 - 3], preamble_end: Some(5) };
+            let job = Job { landmarks, ..engine::job(Prompt::Tokens(prompt.to_vec()), 12) };
+            engine::run(&**engine, job).await.expect("an answer")
+        };
+        let engine = load(profile(&root)).await;
+        let (mut history, mut answers) = (ids[..5].to_vec(), Vec::new());
+        for turn in 0..10_u32 {
+            // What the template writes before an answer is not what it writes of an answer that is history: the next
+            // prompt leaves this one at its landmark.
+            let message: Vec<u32> = ids.iter().map(|id| (id + turn) % 512).chain([1, 2, 3]).collect();
+            let prompt = [&history[..], &message].concat();
+            let answer = ask(&engine, &prompt).await;
+            let shared = if turn == 0 { 0 } else { history.len() - 12 };
+            assert!(answer.usage.cached_tokens as usize >= shared, "{name}, turn {turn}: {:?}", answer.usage);
+            history = [&prompt[..prompt.len() - 3], &answer.tokens].concat();
+            answers.push((prompt, answer.tokens));
+        }
+        engine.drain(Duration::from_secs(20)).await;
+        let again = load(profile(&root)).await;
+        for (prompt, tokens) in answers.iter().rev() {
+            let answer = ask(&again, prompt).await;
+            assert_eq!(&answer.tokens, tokens, "{name}");
+            assert_eq!(answer.usage.cached_tokens as usize, prompt.len() - 1, "{name}, from a file");
+        }
+        again.drain(Duration::from_secs(20)).await;
+        let mut other = profile(&root);
+        other.config["rms_norm_eps"] = json!(1e-3);
+        let other = load(other).await;
+        assert_eq!(ask(&other, &answers[9].0).await.usage.cached_tokens, 0, "{name}: another model");
+        other.drain(Duration::from_secs(20)).await;
+    }
+}
+
 /// What a sequence of so many tokens takes.
 fn footprint_bytes(profile: &ModelProfile, tokens: u64) -> u64 {
     ffi::use_device(DeviceKind::Cpu);

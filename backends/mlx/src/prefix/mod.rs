@@ -76,6 +76,7 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
     }
 
     /// How many nodes there are.
+    #[cfg(test)]
     pub fn nodes(&self) -> usize {
         self.tree.len()
     }
