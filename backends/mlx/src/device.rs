@@ -4,11 +4,11 @@ use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mesh_core::{
@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     backend::INFO,
-    engine::{MlxEngine, Shared, Work},
+    engine::{Admission, MlxEngine, Shared, Work},
     host,
     identity::Identity,
     judge::{self, Residency},
@@ -39,6 +39,31 @@ const ARRAYS_PER_REPORT: usize = 16;
 
 /// MLX's GPU backends do not bear several threads at once: whoever submits holds this.
 static GATE: Mutex<()> = Mutex::new(());
+
+/// How long a load waits for another model's step to end.
+const GATE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// The same with an end: a device that hangs holds the gate for good.
+fn gate_in_time(abandoned: &AtomicBool) -> Result<MutexGuard<'static, ()>, LoadError> {
+    let since = Instant::now();
+    loop {
+        match GATE.try_lock() {
+            Ok(guard) => return Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) if abandoned.load(Ordering::Relaxed) => return Err(nobody_waits()),
+            Err(TryLockError::WouldBlock) if since.elapsed() > GATE_PATIENCE => {
+                let what =
+                    "waiting for the device, which another model's step holds; restart mesh-llm if that goes on".into();
+                return Err(LoadError::TimedOut { what, after: since.elapsed() });
+            }
+            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+fn nobody_waits() -> LoadError {
+    other("loading the model", "nobody waits for it any more")
+}
 
 /// Waits for the device to be free of other threads.
 pub fn gate() -> MutexGuard<'static, ()> {
@@ -98,6 +123,7 @@ pub struct Start {
 struct Ready {
     vocab_size: u32,
     capabilities: Capabilities,
+    admission: Admission,
 }
 
 /// Starts a device thread, and waits until its model is ready.
@@ -116,8 +142,8 @@ pub async fn start(start: Start) -> Result<EngineHandle, LoadError> {
         .map_err(|error| LoadError::Other { what: "starting the device thread".into(), source: error.into() })?;
     let ready = built.await.unwrap_or_else(|_| Err(other("loading the model", "the device thread panicked")))?;
     tokio::spawn(watchdog::watch(shared.clone(), step_max));
-    let Ready { vocab_size, capabilities } = ready;
-    let engine = MlxEngine { capabilities, vocab_size, shared, jobs: Mutex::new(Some(jobs)) };
+    let Ready { vocab_size, capabilities, admission } = ready;
+    let engine = MlxEngine { capabilities, admission, vocab_size, shared, jobs: Mutex::new(Some(jobs)) };
     Ok(EngineHandle::new(&INFO, device, Arc::new(engine)))
 }
 
@@ -165,13 +191,15 @@ fn device_bytes(device: &Device, settings: &Settings) -> Option<u64> {
 fn run(
     start: Start,
     shared: &Arc<Shared>,
-    inbox: mpsc::Receiver<Work>,
+    mut inbox: mpsc::Receiver<Work>,
     ready: oneshot::Sender<Result<Ready, LoadError>>,
     abandoned: &AtomicBool,
 ) {
+    // Channels close when these two go: after the state says why.
+    let mut runner = None;
     let body = AssertUnwindSafe(|| {
         ffi::use_device(start.device.kind);
-        let (runner, said) = match prepare(start, shared, abandoned) {
+        let (prepared, said) = match prepare(start, shared, abandoned) {
             Ok(prepared) => prepared,
             Err(error) => {
                 shared.state.send_replace(EngineState::Failed(error.to_string().into()));
@@ -181,23 +209,24 @@ fn run(
         };
         shared.state.send_replace(EngineState::Ready);
         if ready.send(Ok(said)).is_ok() {
-            runner.run(inbox);
+            runner.insert(prepared).run(&mut inbox);
         }
-        memory::clear_cache();
-        // One that was given up stays so.
-        shared.state.send_if_modified(|state| {
-            let alive = !state.is_over();
-            if alive {
-                *state = EngineState::Stopped;
-            }
-            alive
-        });
     });
     if let Err(panic) = catch_unwind(body) {
         let what = format!("the device thread panicked: {}", panic_text(&*panic));
         tracing::error!("{what}");
         shared.state.send_replace(EngineState::Failed(what.into()));
     }
+    drop(runner);
+    memory::clear_cache();
+    // One that failed or was given up stays so.
+    shared.state.send_if_modified(|state| {
+        let alive = !state.is_over();
+        if alive {
+            *state = EngineState::Stopped;
+        }
+        alive
+    });
 }
 
 /// Builds the model, has it compute one token, and plans its memory with what that told.
@@ -236,6 +265,8 @@ fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result
     let mut capabilities = judge::capabilities(planned.context_tokens, parallel_max);
     capabilities.requests_queued_max = settings.queue_requests_max;
     let needs_points = needs_points(&model.layout());
+    let free_memory = FreeMemory { kind: device.kind, workspace_bytes: planned.workspace_bytes };
+    let admission = Admission { footprint: footprint.clone(), memory_bytes: planned.sequences_bytes, free_memory };
     let runner = Runner::new(Parts {
         shared: shared.clone(),
         eos,
@@ -248,11 +279,11 @@ fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result
         },
         footprint,
         sizes,
-        free_memory: FreeMemory { kind: device.kind, workspace_bytes: planned.workspace_bytes },
+        free_memory,
         remembered: Remembered::new(blueprint, needs_points, remembered_bytes_max, prefix_files(&settings, &identity)),
         model,
     });
-    Ok((runner, Ready { vocab_size, capabilities }))
+    Ok((runner, Ready { vocab_size, capabilities, admission }))
 }
 
 /// Files of prefixes in the usual numbers: no folder of a desktop has more.
@@ -292,7 +323,7 @@ fn build(
     progress: &ProgressSink,
     abandoned: &AtomicBool,
 ) -> Result<Box<dyn CausalModel>, LoadError> {
-    let _gate = gate();
+    let _gate = gate_in_time(abandoned)?;
     let family = plan.family.map(|family| family.id()).unwrap_or_default();
     let family = graph_families()
         .map_err(|error| other("looking for the family", error))?
@@ -331,7 +362,7 @@ pub fn read(arrays: &[Array], abandoned: &AtomicBool, report: impl Fn(u64, u64))
     let mut done = 0;
     for group in arrays.chunks(ARRAYS_PER_REPORT) {
         if abandoned.load(Ordering::Relaxed) {
-            return Err(other("loading the model", "nobody waits for it any more"));
+            return Err(nobody_waits());
         }
         transforms::eval(group).map_err(|error| LoadError::Weights { what: error.what().to_owned() })?;
         done += group.iter().map(|array| array.nbytes() as u64).sum::<u64>();

@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
@@ -17,9 +17,13 @@ use mesh_core::{
     Capabilities, Engine, EngineError, EngineState, Event, EventStream, FinishReason, Job, Prompt, PromptForm,
     SubmitError, Timings, Usage, queue::Pace,
 };
+use mesh_graph::Footprint;
 use tokio::sync::{mpsc, watch};
 
-use crate::watchdog::{Doing, Pulse, Step};
+use crate::{
+    memory::FreeMemory,
+    watchdog::{Doing, Pulse, Step},
+};
 
 /// Events of one job that may wait for its reader.
 pub const EVENTS_MAX: usize = 256;
@@ -38,6 +42,8 @@ pub struct Shared {
     pub pulse: Pulse,
     /// How long jobs hold their places.
     pub pace: Mutex<Pace>,
+    /// Bytes that sequences hold, remembered ones included.
+    pub held_bytes: AtomicU64,
 }
 
 impl Shared {
@@ -45,7 +51,14 @@ impl Shared {
     pub fn starting() -> Arc<Self> {
         let (state, _) = watch::channel(EngineState::Starting);
         let (cancelled, admitted) = (AtomicBool::new(false), AtomicU32::new(0));
-        Arc::new(Self { state, cancelled, admitted, pulse: Pulse::default(), pace: Mutex::default() })
+        Arc::new(Self {
+            state,
+            cancelled,
+            admitted,
+            pulse: Pulse::default(),
+            pace: Mutex::default(),
+            held_bytes: AtomicU64::new(0),
+        })
     }
 
     /// Begins a step of the device thread; it is over when what is returned is dropped.
@@ -76,8 +89,19 @@ impl Drop for Place {
     }
 }
 
+/// What a job is checked against before it is taken in.
+pub struct Admission {
+    /// What sequences take.
+    pub footprint: Footprint,
+    /// What they may take together.
+    pub memory_bytes: u64,
+    /// What is free.
+    pub free_memory: FreeMemory,
+}
+
 pub struct MlxEngine {
     pub capabilities: Capabilities,
+    pub admission: Admission,
     pub vocab_size: u32,
     pub shared: Arc<Shared>,
     /// Taken away when draining starts.
@@ -95,6 +119,17 @@ impl MlxEngine {
             return Err(SubmitError::Busy { running: admitted, retry_after: pace.retry_after(1, max) });
         }
         Ok(Place { shared: self.shared.clone(), since: Instant::now() })
+    }
+
+    /// Refuses what would not fit even if everybody else were gone, because other programs hold the memory.
+    fn fits(&self, tokens: u32) -> Result<(), SubmitError> {
+        let Admission { footprint, memory_bytes, free_memory } = &self.admission;
+        let needed_bytes = footprint.bytes(u64::from(tokens) + 1);
+        let available_bytes = free_memory.limit(*memory_bytes, self.shared.held_bytes.load(Ordering::Relaxed));
+        match needed_bytes > available_bytes {
+            true => Err(SubmitError::Memory { tokens, needed_bytes, available_bytes }),
+            false => Ok(()),
+        }
     }
 
     fn gone(&self) -> SubmitError {
@@ -136,6 +171,7 @@ impl Engine for MlxEngine {
         if let Some(id) = prompt.iter().copied().find(|id| *id >= self.vocab_size) {
             return Err(SubmitError::UnknownToken { id, vocab_size: self.vocab_size });
         }
+        self.fits(length)?;
         let tokens_max = job.tokens_max.unwrap_or(u32::MAX).min(max - length);
         if self.shared.state.borrow().is_over() {
             return Err(self.gone());
@@ -176,7 +212,8 @@ impl Engine for MlxEngine {
 }
 
 /// A job's events. A channel that closes without a last event means that the device thread is gone; the state says why.
-/// A thread that no longer gets on keeps its channels open: then the state alone tells.
+/// A thread that no longer gets on keeps its channels open: then the state alone tells. One that goes on has let go of
+/// this job alone.
 struct Events {
     receiver: mpsc::Receiver<Result<Event, EngineError>>,
     state: watch::Receiver<EngineState>,
@@ -215,8 +252,10 @@ impl Stream for Events {
         }
         let event = match self.receiver.poll_recv(context) {
             Poll::Ready(Some(event)) => event,
-            // A panicking thread drops its channels before it can say why.
-            Poll::Ready(None) => Err(ready!(self.poll_over(context))),
+            Poll::Ready(None) => Err(match self.poll_over(context) {
+                Poll::Ready(why) => why,
+                Poll::Pending => EngineError::Failed { what: "the answer was given up: nobody read it".into() },
+            }),
             Poll::Pending => match self.poll_over(context) {
                 Poll::Ready(failed @ EngineError::Failed { .. }) => Err(failed),
                 _ => return Poll::Pending,

@@ -47,6 +47,8 @@ pub struct Sequence {
     pub turns: u32,
     /// The position in the queue that was last told.
     pub told_ahead: Option<u32>,
+    /// Whether the log has it that it waits, and why.
+    pub told_why: bool,
     /// When it came.
     pub started: Instant,
     /// How long its prompt took, the wait included.

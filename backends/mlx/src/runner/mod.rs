@@ -1,0 +1,250 @@
+//! The engine's loop on the device thread: performs what [`schedule`] decides.
+
+mod leave;
+mod read;
+mod write;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use mesh_core::{EngineError, Event};
+use mesh_graph::{CausalModel, Footprint};
+use tokio::sync::mpsc::{Receiver, error::TryRecvError};
+
+use crate::{
+    device::gate,
+    engine::{Shared, Work},
+    group::Group,
+    memory::{FreeMemory, Sizes},
+    remember::Remembered,
+    sampler::Sampler,
+    schedule::{self, Id, Limits, Reading, Step, View, Waiting, Writing},
+    sequence::{Outlet, Sequence},
+    watchdog::Doing,
+};
+
+/// How often readers that do not keep up are looked at while nothing else is to be done.
+const READER_POLL: Duration = Duration::from_millis(2);
+
+/// A model and everybody it works for.
+pub struct Runner {
+    model: Box<dyn CausalModel>,
+    shared: Arc<Shared>,
+    eos: Vec<u32>,
+    limits: Limits,
+    footprint: Footprint,
+    sizes: Sizes,
+    free_memory: FreeMemory,
+    remembered: Remembered,
+    /// Everybody, by arrival.
+    sequences: BTreeMap<Id, Sequence>,
+    /// In the order in which they are let in.
+    waiting: Vec<Id>,
+    reading: Vec<Id>,
+    writing: Vec<Group>,
+    /// What is over, and not yet taken by its reader.
+    leaving: Vec<Outlet>,
+    next_id: Id,
+    chunks: u64,
+    wrote_last: bool,
+}
+
+/// What a runner starts with.
+pub struct Parts {
+    /// The model.
+    pub model: Box<dyn CausalModel>,
+    /// What both sides of the channel see.
+    pub shared: Arc<Shared>,
+    /// Tokens that end a generation.
+    pub eos: Vec<u32>,
+    /// Bounds.
+    pub limits: Limits,
+    /// What sequences take.
+    pub footprint: Footprint,
+    /// What passes take.
+    pub sizes: Sizes,
+    /// Tells what memory is free.
+    pub free_memory: FreeMemory,
+    /// What is known of earlier sequences.
+    pub remembered: Remembered,
+}
+
+impl Runner {
+    /// A runner that nobody has come to yet.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { model, shared, eos, limits, footprint, sizes, free_memory, remembered } = parts;
+        Self {
+            model,
+            shared,
+            eos,
+            limits,
+            footprint,
+            sizes,
+            free_memory,
+            remembered,
+            sequences: BTreeMap::new(),
+            waiting: Vec::new(),
+            reading: Vec::new(),
+            writing: Vec::new(),
+            leaving: Vec::new(),
+            next_id: 0,
+            chunks: 0,
+            wrote_last: false,
+        }
+    }
+
+    /// Serves until the channel is closed and everybody has left, or until the grace of a drain is over.
+    ///
+    /// Whoever calls it keeps runner and inbox: should this panic, their channels are to close only after the reason is
+    /// known.
+    pub fn run(&mut self, inbox: &mut Receiver<Work>) {
+        loop {
+            let open = self.take_in(inbox);
+            if self.shared.cancelled.load(Ordering::Relaxed) || self.shared.state.borrow().is_over() {
+                let all = std::mem::take(&mut self.sequences);
+                all.into_values().for_each(|sequence| drop(sequence.fail(EngineError::Stopped)));
+                return;
+            }
+            self.see_who_left();
+            self.tell_positions();
+            match self.decide() {
+                Step::Admit(id) => self.admit(id),
+                Step::Preempt(id) => self.preempt(id),
+                Step::Read { id, tokens } => {
+                    self.wrote_last = false;
+                    self.chunks += 1;
+                    self.read(id, tokens);
+                }
+                Step::Write => {
+                    self.wrote_last = true;
+                    self.write();
+                }
+                Step::Wait if !self.sequences.is_empty() || !self.leaving.is_empty() => thread::sleep(READER_POLL),
+                // Nobody waits: what is remembered may go to files.
+                Step::Wait if self.save_some() => {}
+                Step::Wait if !open => return,
+                Step::Wait => match inbox.blocking_recv() {
+                    Some(work) => self.arrive(work),
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn save_some(&mut self) -> bool {
+        let _gate = gate();
+        let _doing = self.shared.doing(Doing::Remember);
+        self.remembered.save_some()
+    }
+
+    /// Takes in whoever has come; answers whether more may come.
+    fn take_in(&mut self, inbox: &mut Receiver<Work>) -> bool {
+        loop {
+            match inbox.try_recv() {
+                Ok(work) => self.arrive(work),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn arrive(&mut self, work: Work) {
+        let Work { job, prompt, tokens_max, events, place } = work;
+        let id = self.next_id;
+        self.next_id += 1;
+        let long = self.is_long(prompt.len());
+        let sequence = Sequence {
+            id,
+            job: job.id,
+            prompt: prompt.len(),
+            tokens: prompt,
+            tokens_max,
+            eos: if job.ignore_eos { Vec::new() } else { self.eos.clone() },
+            sampler: Sampler::new(&job.sampling, self.model.vocab_size(), rand::random()),
+            landmarks: job.landmarks,
+            outlet: Outlet::new(events),
+            place: Some(place),
+            cache: None,
+            long,
+            cached: 0,
+            turns: 0,
+            told_ahead: None,
+            told_why: false,
+            started: Instant::now(),
+            prefill: None,
+        };
+        self.sequences.insert(id, sequence);
+        self.waiting.push(id);
+    }
+
+    /// Whether a sequence of so many tokens is computed as those beyond the model's length limit are.
+    fn is_long(&self, tokens: usize) -> bool {
+        self.model.length_limit().is_some_and(|limit| tokens > limit as usize)
+    }
+
+    fn tell_positions(&mut self) {
+        for (ahead, id) in (0..).zip(&self.waiting) {
+            if let Some(sequence) = self.sequences.get_mut(id)
+                // Whoever has had events before waits for memory, not in the queue.
+                && sequence.prefill.is_none()
+                && sequence.told_ahead != Some(ahead)
+                && sequence.started.elapsed() > READER_POLL
+            {
+                sequence.told_ahead = Some(ahead);
+                sequence.outlet.tell(Event::Queued { ahead });
+            }
+        }
+    }
+
+    fn decide(&mut self) -> Step {
+        let tokens = |id: &Id| self.sequences.get(id).map_or(0, |sequence| sequence.tokens.len() as u32);
+        let waiting: Vec<Waiting> = self.waiting.iter().map(|id| Waiting { id: *id, tokens: tokens(id) }).collect();
+        let turns = |id: &Id| self.sequences.get(id).map_or(0, |sequence| sequence.turns);
+        let reading: Vec<Reading> =
+            self.reading.iter().map(|id| Reading { id: *id, turns: turns(id), tokens: tokens(id) }).collect();
+        let writing: Vec<Writing> = self.writing.iter().map(|group| self.view_of(group)).collect();
+        let mut view = View {
+            waiting: &waiting,
+            reading: &reading,
+            writing: &writing,
+            wrote_last: self.wrote_last,
+            chunks: self.chunks,
+            memory_bytes: self.limits.memory_bytes,
+        };
+        // What is remembered can be forgotten, so it counts as free.
+        let used = schedule::used_bytes(&view, &self.footprint, 0);
+        let held = used.saturating_add(self.remembered.bytes());
+        self.shared.held_bytes.store(held, Ordering::Relaxed);
+        if !waiting.is_empty() {
+            view.memory_bytes = self.free_memory.limit(self.limits.memory_bytes, held);
+        }
+        let step = schedule::next(&view, &self.limits, &self.footprint);
+        if let (Some(first), false) = (waiting.first(), matches!(step, Step::Admit(_)))
+            && let Some(sequence) = self.sequences.get_mut(&first.id)
+            && !std::mem::replace(&mut sequence.told_why, true)
+        {
+            tracing::info!(
+                request = sequence.job,
+                tokens = first.tokens,
+                own_bytes = self.footprint.bytes(first.tokens.into()),
+                used_bytes = used,
+                memory_bytes = view.memory_bytes,
+                running = reading.len() + writing.iter().map(|group| group.rows.len()).sum::<usize>(),
+                parallel_max = self.limits.parallel_max,
+                "waits for a place"
+            );
+        }
+        step
+    }
+
+    fn view_of(&self, group: &Group) -> Writing {
+        let lengths = group.cache.lengths();
+        let rows = group.rows.iter().copied().zip(lengths.into_iter().map(|length| length as u32)).collect();
+        let clear = |id: &Id| self.sequences.get(id).is_some_and(|sequence| sequence.outlet.is_clear());
+        Writing { rows, ready: group.rows.iter().all(clear) }
+    }
+}

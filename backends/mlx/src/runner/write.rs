@@ -1,0 +1,198 @@
+//! Writing: one token of everybody a step.
+
+use std::collections::BTreeMap;
+
+use mesh_graph::Rows;
+use mlx_rs::{Array, error::Exception, transforms};
+
+use super::Runner;
+use crate::{
+    device::gate,
+    group::Group,
+    sampler,
+    schedule::{self, Id},
+    sequence::{After, Sequence},
+    watchdog::Doing,
+};
+
+/// Rows of one forward pass.
+const ROWS_MAX: usize = 32;
+
+impl Runner {
+    /// One token of everybody who is ready.
+    pub(super) fn write(&mut self) {
+        self.join_groups();
+        for group in std::mem::take(&mut self.writing) {
+            if !self.view_of(&group).ready {
+                self.writing.push(group);
+                continue;
+            }
+            let group = match self.has_to_be_read_first(&group) {
+                true => self.settle(group),
+                false => Some(group),
+            };
+            if let Some(group) = group.and_then(|group| self.step(group)) {
+                self.writing.push(group);
+            }
+        }
+    }
+
+    fn join_groups(&mut self) {
+        // What holds nothing yet cannot be part of a batch, and who does not read waits apart.
+        loop {
+            let ready: Vec<usize> = (0..self.writing.len())
+                .filter(|at| !self.writing[*at].cache.is_empty() && self.view_of(&self.writing[*at]).ready)
+                .collect();
+            if ready.len() < 2 {
+                return;
+            }
+            let extents: Vec<_> = ready.iter().map(|at| self.writing[*at].extent()).collect();
+            let used: u64 = self
+                .writing
+                .iter()
+                .map(|group| {
+                    let (_, longest, rows) = group.extent();
+                    self.footprint.bytes(u64::from(longest) + 1) * rows as u64
+                })
+                .sum();
+            let spare = self.limits.memory_bytes.saturating_sub(used);
+            let Some((a, b)) = schedule::joinable(&extents, ROWS_MAX, spare, &self.footprint) else { return };
+            // The later one first, so that the other keeps its place.
+            let second = self.writing.remove(ready[b]);
+            let first = self.writing.remove(ready[a]);
+            let members = [&first.rows[..], &second.rows].concat();
+            match first.join(second) {
+                Ok(joined) => self.writing.push(joined),
+                Err(error) => self.broke(&members, &error),
+            }
+        }
+    }
+
+    /// Whether what was drawn has to be known before the next step: because nobody may need that step, or because it
+    /// takes somebody beyond the model's length limit.
+    fn has_to_be_read_first(&self, group: &Group) -> bool {
+        let rows = || group.rows.iter().filter_map(|id| self.sequences.get(id)).zip(&group.unread);
+        let last = rows().all(|(sequence, unread)| *unread && sequence.written() + 1 >= sequence.tokens_max);
+        last || group
+            .cache
+            .lengths()
+            .iter()
+            .zip(rows())
+            .any(|(length, (sequence, _))| !sequence.long && self.is_long(*length as usize + 1))
+    }
+
+    /// Reads what was drawn, and lets go of who ended and of who has to be computed anew.
+    pub(super) fn settle(&mut self, mut group: Group) -> Option<Group> {
+        let members = group.rows.clone();
+        let read = {
+            let _gate = gate();
+            let _doing = self.shared.doing(Doing::Write);
+            group.read()
+        };
+        match read {
+            Ok(read) => {
+                let group = self.give_out(group, &read)?;
+                self.make_room(group)
+            }
+            Err(error) => {
+                self.broke(&members, &error);
+                None
+            }
+        }
+    }
+
+    /// Takes those out whose next token would be beyond the model's length limit: they are read anew.
+    fn make_room(&mut self, group: Group) -> Option<Group> {
+        let beyond: Vec<usize> = group
+            .cache
+            .lengths()
+            .iter()
+            .enumerate()
+            .filter(|(row, length)| {
+                self.sequences.get(&group.rows[*row]).is_some_and(|sequence| !sequence.long)
+                    && self.is_long(**length as usize + 1)
+            })
+            .map(|(row, _)| row)
+            .collect();
+        if beyond.is_empty() {
+            return Some(group);
+        }
+        for row in &beyond {
+            if let Some(sequence) = self.sequences.get_mut(&group.rows[*row]) {
+                sequence.long = true;
+                sequence.cache = None;
+                self.reading.push(sequence.id);
+            }
+        }
+        self.keep_rows(group, |row| !beyond.contains(&row))
+    }
+
+    /// Submits the next step, then reads the one before while the device works.
+    fn step(&mut self, mut group: Group) -> Option<Group> {
+        let members = group.rows.clone();
+        let stepped = {
+            let _gate = gate();
+            let shared = self.shared.clone();
+            let _doing = shared.doing(Doing::Write);
+            self.submit(&mut group).and_then(|next| {
+                let read = group.read()?;
+                group.current = next;
+                group.unread.fill(true);
+                Ok(read)
+            })
+        };
+        match stepped {
+            Ok(read) => self.give_out(group, &read),
+            Err(error) => {
+                self.broke(&members, &error);
+                None
+            }
+        }
+    }
+
+    fn submit(&mut self, group: &mut Group) -> Result<Array, Exception> {
+        let logits = self.model.forward(&group.current, &mut group.cache, Rows::Last)?;
+        let mut samplers: BTreeMap<Id, &mut Sequence> =
+            self.sequences.iter_mut().filter(|(id, _)| group.rows.contains(id)).map(|(id, one)| (*id, one)).collect();
+        let mut rows = Vec::with_capacity(group.rows.len());
+        for (id, unread) in group.rows.iter().zip(&group.unread) {
+            let Some(sequence) = samplers.remove(id) else { return Err(Exception::custom("a row without a sequence")) };
+            let written = *unread || sequence.written() > 0;
+            rows.push(sampler::Row { sampler: &mut sequence.sampler, written });
+        }
+        let next = sampler::draw(&logits, &group.current, &mut rows)?;
+        transforms::async_eval([&next])?;
+        Ok(next)
+    }
+
+    /// Gives tokens that were read to whom they belong; who ends leaves the group.
+    fn give_out(&mut self, group: Group, read: &[Option<u32>]) -> Option<Group> {
+        let mut ended = Vec::new();
+        for (row, token) in read.iter().enumerate() {
+            if let (Some(token), Some(sequence)) = (token, self.sequences.get_mut(&group.rows[row]))
+                && let After::Ends(reason) = sequence.take(*token)
+            {
+                ended.push((row, reason));
+            }
+        }
+        if ended.is_empty() {
+            return Some(group);
+        }
+        for (row, reason) in &ended {
+            self.end(&group, *row, *reason);
+        }
+        self.keep_rows(group, |row| ended.iter().all(|(other, _)| *other != row))
+    }
+
+    pub(super) fn keep_rows(&mut self, group: Group, keep: impl Fn(usize) -> bool) -> Option<Group> {
+        let kept: Vec<usize> = (0..group.rows.len()).filter(|row| keep(*row)).collect();
+        let members: Vec<Id> = kept.iter().map(|row| group.rows[*row]).collect();
+        match group.only(&kept) {
+            Ok(group) => group,
+            Err(error) => {
+                self.broke(&members, &error);
+                None
+            }
+        }
+    }
+}
