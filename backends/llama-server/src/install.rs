@@ -167,14 +167,35 @@ fn chosen(features: &BTreeSet<&'static str>) -> Result<&'static Pin, InstallErro
     usable(features).next().ok_or(none)
 }
 
-/// Installs the build pinned for this machine, unless it is there already. Several processes may do so at once: the
+/// Installs the best build pinned for this machine that can be had, unless it is there already. Several processes may do so at once: the
 /// first one installs, the others wait and use the result. Dropping the future stops it and leaves nothing behind that
 /// would be taken for an installation.
 pub async fn install(options: &InstallOptions, progress: &ProgressSink) -> Result<Installed, InstallError> {
     let features = pins::features();
-    let pin = chosen(&features)?;
+    let best = chosen(&features)?;
+    let mut outcome = install_pin(best, &features, options, progress).await;
+    for pin in usable(&features).skip(1) {
+        // Without a compiler, a build that somebody else compiled will do.
+        let Err(InstallError::Pip { .. }) = &outcome else { break };
+        match install_pin(pin, &features, options, progress).await {
+            Ok(installed) => {
+                tracing::warn!("{} could not be compiled; {} takes its place", best.package, installed.package);
+                outcome = Ok(installed);
+            }
+            Err(error) => tracing::warn!(%error, "nor could {} be installed", pin.package),
+        }
+    }
+    outcome
+}
+
+async fn install_pin(
+    pin: &'static Pin,
+    features: &BTreeSet<&'static str>,
+    options: &InstallOptions,
+    progress: &ProgressSink,
+) -> Result<Installed, InstallError> {
     let package = format!("{} {}", pin.package, pin.version);
-    let name = pin.folder(&features);
+    let name = pin.folder(features);
     let folder = options.dir.join(&name);
     let stage = Stage::Install { what: package.clone() };
 
@@ -410,6 +431,21 @@ mod tests {
         let error = install(&options, &ProgressSink::silent()).await.unwrap_err().to_string();
         assert!(error.contains("DO NOT MATCH") && error.contains("exit status: 3"), "{error}");
         assert_eq!(fs::read_dir(&options.dir).unwrap().count(), 1, "only the lock is left, also of earlier attempts");
+    }
+
+    /// On processors that a prebuilt package is for, that is tried where nothing can be compiled.
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn the_next_build_is_tried_where_pip_cannot_compile() {
+        let dir = tempfile::tempdir().unwrap();
+        let python = fake_python(dir.path(), r#"echo "$5" >> "$(dirname "$0")/log"; echo "no $5" >&2; exit 1"#);
+        let options = InstallOptions { python, ..InstallOptions::new(dir.path().join("in")) };
+        let error = install(&options, &ProgressSink::silent()).await.unwrap_err().to_string();
+        let features = pins::features();
+        let words: Vec<_> =
+            usable(&features).map(|pin| if pin.kind == Kind::Source { "wheel\n" } else { "download\n" }).collect();
+        assert_eq!(fs::read_to_string(dir.path().join("log")).unwrap(), words.concat());
+        assert!(error.contains(&format!("no {}", words[0].trim())), "the best build's error is the one told: {error}");
     }
 
     #[cfg(unix)]

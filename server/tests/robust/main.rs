@@ -6,7 +6,7 @@ mod load;
 mod program;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering::SeqCst},
     time::Duration,
 };
@@ -27,7 +27,7 @@ fn golden(test: &str, file: &str) -> Option<PathBuf> {
     None
 }
 
-fn llama_server(gguf: &PathBuf, limits: &[&str]) -> Program {
+fn llama_server(gguf: &Path, limits: &[&str]) -> Program {
     let file = gguf.to_string_lossy();
     let args = [&["--gguf-file", &file, "--ctx", "256"], limits].concat();
     Program::start(&args, &format!("[backends.llama-server]\n{LLAMA_SERVER}"))

@@ -65,6 +65,7 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
 
     let mut settings = setting.electorate.settings(LLAMA_SERVER);
     exact_cache(&mut settings);
+    one_slot(&mut settings);
     let reference = self::plan(&setting, &LLAMA_SERVER_BACKEND, unpacked, settings, &args.model)?;
     let engine =
         LLAMA_SERVER_BACKEND.load_engine(&reference, output.progress_beside(args.json)).await.map_err(load_failure)?;
@@ -117,6 +118,14 @@ fn exact_cache(settings: &mut Value) {
     let mut args = settings["args"].as_array().cloned().unwrap_or_default();
     args.extend(["--cache-type-k", "f32", "--cache-type-v", "f32"].map(Value::from));
     set(settings, "args", args.into());
+}
+
+/// Has llama-server make room for one request, as there is never another.
+fn one_slot(settings: &mut Value) {
+    if let Some(section) = settings.as_object_mut() {
+        section.remove("parallel");
+    }
+    set(settings, "parallel_requests_max", 1.into());
 }
 
 fn plan(
