@@ -278,3 +278,7 @@ fn split_mix(x: u64) -> u64 {
     let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ (x >> 31)
 }
+
+#[cfg(test)]
+#[path = "sampler_tests.rs"]
+mod tests;
