@@ -33,6 +33,13 @@ fn llama_server(gguf: &Path, limits: &[&str]) -> Program {
     Program::start(&args, &format!("[backends.llama-server]\n{LLAMA_SERVER}"))
 }
 
+fn mlx(weights: &Path, limits: &[&str]) -> Program {
+    let file = weights.to_string_lossy();
+    let args = [&["--mlx-file", &file, "--ctx", "256"], limits].concat();
+    // What is remembered has a bound of its own, which is reached soon.
+    Program::start(&args, "[backends.mlx]\ndevice = \"cpu\"\nprefix_bytes_max = 1048576\n")
+}
+
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
@@ -80,6 +87,40 @@ fn a_crowd_before_llama_server_is_answered_or_told_to_come_back() {
         return;
     };
     let mut program = llama_server(&gguf, &["--max-parallel", "4", "--max-queue", "16"]);
+    runtime().block_on(async {
+        let target = Target::of(&program.url, 256).await;
+        target.crowd(200, 4 + 16).await;
+        target.all_at_once(4 + 16).await;
+    });
+    program.ends();
+}
+
+/// As many requests of every kind, and a crowd, before an engine within the program.
+#[test]
+fn mlx_is_after_2000_requests_what_it_was_before() {
+    let Some(weights) = golden("mlx_is_after_2000_requests_what_it_was_before", "model.safetensors") else { return };
+    let mut program = mlx(&weights, &["--max-parallel", "4", "--max-queue", "32"]);
+    let resident = std::sync::Mutex::new(Vec::new());
+    let never = AtomicU32::new(0);
+    let report = runtime().block_on(async {
+        let target = Target::of(&program.url, 256).await;
+        let storm = Storm { target: &target, requests: 2000, at_once: 16, killed: &never, noticed: &never };
+        let report = storm.run(async |_| {}, || resident.lock().unwrap().push(program.resident_bytes())).await;
+        target.all_at_once(4 + 32).await;
+        report
+    });
+    println!("{report:?}");
+    assert_eq!(report.broken, 0);
+    load::assert_flat(&resident.into_inner().unwrap());
+    program.ends();
+}
+
+#[test]
+fn a_crowd_before_mlx_is_answered_or_told_to_come_back() {
+    let Some(weights) = golden("a_crowd_before_mlx_is_answered_or_told_to_come_back", "model.safetensors") else {
+        return;
+    };
+    let mut program = mlx(&weights, &["--max-parallel", "4", "--max-queue", "16"]);
     runtime().block_on(async {
         let target = Target::of(&program.url, 256).await;
         target.crowd(200, 4 + 16).await;
