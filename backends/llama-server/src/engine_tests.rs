@@ -162,7 +162,7 @@ async fn a_whole_answer() {
     .await;
     let events: Vec<_> =
         events(engine.submit(text()).await.unwrap()).await.into_iter().collect::<Result<_, _>>().unwrap();
-    assert_eq!(events[0], Event::Prefill { done: 3, total: 3, cached: 0 });
+    assert_eq!(events[0], Event::Prefill { done: 3, total: 3, cached: 1 });
     assert_eq!(events[1], Event::Text { text: "a".into(), tokens: 1 });
     assert_eq!(events[2], Event::Text { text: "é".into(), tokens: 2 });
     let Event::Finished { reason, usage, .. } = &events[3] else { panic!("{events:?}") };

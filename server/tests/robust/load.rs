@@ -13,7 +13,7 @@ use tokio::time::timeout;
 /// No request takes this long unless it hangs.
 const HANGS_AFTER: Duration = Duration::from_secs(60);
 /// By how much a process may grow between the early and the late part of a load: allocators keep what was given back.
-const GROWTH_BYTES_MAX: u64 = 4 << 20;
+const GROWTH_BYTES_MAX: u64 = 8 << 20;
 
 /// A served model.
 pub struct Target {
