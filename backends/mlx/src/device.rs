@@ -31,7 +31,7 @@ use crate::{
     runner::{Parts, Runner},
     schedule::Limits,
     settings::Settings,
-    watchdog,
+    threads, watchdog,
 };
 
 /// Arrays evaluated between two reports of progress while loading.
@@ -101,7 +101,7 @@ pub struct Context {
 
 /// What a device thread starts with.
 pub struct Start {
-    /// Names the thread.
+    /// The model, for people.
     pub name: String,
     /// What it computes on.
     pub device: Device,
@@ -136,9 +136,7 @@ pub async fn start(start: Start) -> Result<EngineHandle, LoadError> {
     let _guard = AbandonOnDrop(abandoned.clone());
     let (device, step_max) = (start.device.clone(), Duration::from_secs(start.settings.step_s_max));
     let thread_shared = shared.clone();
-    thread::Builder::new()
-        .name(format!("mlx {}", start.name))
-        .spawn(move || run(start, &thread_shared, inbox, ready, &abandoned))
+    threads::spawn(move || run(start, &thread_shared, inbox, ready, &abandoned))
         .map_err(|error| LoadError::Other { what: "starting the device thread".into(), source: error.into() })?;
     let ready = built.await.unwrap_or_else(|_| Err(other("loading the model", "the device thread panicked")))?;
     tokio::spawn(watchdog::watch(shared.clone(), step_max));
