@@ -126,6 +126,7 @@ impl Starter {
             family,
             offer: elected.offer,
             context_tokens: self.context_tokens,
+            memory_bytes: None,
             settings: self.electorate.settings(id),
         };
         let handle = backend.load(plan, self.progress.clone()).await?;
