@@ -141,6 +141,7 @@ impl From<SlotError> for ApiError {
                 Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", message).param("model")
             }
             SlotError::Failed { retry_after, .. } => Self::unavailable("model_failed", message, Some(retry_after)),
+            SlotError::NoRoom(_) => Self::unavailable("no_room", message, Some(Duration::from_secs(5))),
             SlotError::Crowded { .. } | SlotError::NotYetKnown { .. } => {
                 Self::unavailable("model_loading", message, Some(Duration::from_secs(5)))
             }

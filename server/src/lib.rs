@@ -6,10 +6,11 @@
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
-//! - [`slots`], [`served`], [`voting`]: models, from a name to something that answers.
+//! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
 
 pub mod body;
 pub mod error;
+pub mod lease;
 pub mod listen;
 pub mod measure;
 pub mod openai;

@@ -23,7 +23,6 @@ use crate::{
         response::{ChatCompletion, Envelope, Model, ModelList, TextCompletion},
     },
     pipeline::{self, AnswerStream, Ask, PipelineError},
-    served::ServedModel,
     slots::{Slot, SlotState, Slots},
     sse::{self, Shape},
 };
@@ -157,7 +156,7 @@ async fn generated<B: Buf>(
     let field = if shape == Shape::Chat { "messages" } else { "prompt" };
     let (model, parts) = opened(slots, &shared, ask).await.map_err(|error| error.prompt_in(field))?;
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let envelope = Envelope { id, created, model: model.profile.name.clone() };
+    let envelope = Envelope { id, created, model };
     if shared.stream {
         return Ok(sse::reply(parts, envelope, shape, shared.include_usage));
     }
@@ -168,19 +167,20 @@ async fn generated<B: Buf>(
     })
 }
 
-/// Finds the model and hands the request to it. An engine that turns out to be over is started again, once.
-async fn opened(slots: &Slots, shared: &Shared, ask: Ask) -> Result<(Arc<ServedModel>, AnswerStream), ApiError> {
+/// Finds the model and hands the request to it; returns the name it is served under. An engine that turns out to be over
+/// is started again, once. One that is to make room is not over before the lease is.
+async fn opened(slots: &Slots, shared: &Shared, ask: Ask) -> Result<(String, AnswerStream), ApiError> {
     let slot = slots.get(&shared.model)?;
-    let model = slot.model(None).await?;
-    match pipeline::open(&model, ask.clone()).await {
+    let lease = slot.model(None).await?;
+    let model = Arc::clone(&lease);
+    let parts = match pipeline::open(lease, ask.clone()).await {
         Err(PipelineError::Submit(mesh_core::SubmitError::Gone { why })) => {
             tracing::warn!(%why, "the engine is gone; trying once more");
-            let model = slot.model(Some(model)).await?;
-            let parts = pipeline::open(&model, ask).await?;
-            Ok((model, parts))
+            pipeline::open(slot.model(Some(model)).await?, ask).await?
         }
-        outcome => Ok((model, outcome?)),
-    }
+        outcome => outcome?,
+    };
+    Ok((slot.name(), parts))
 }
 
 fn model(slot: &Slot) -> Model {
@@ -200,6 +200,8 @@ fn model(slot: &Slot) -> Model {
         status: state.word(),
         backend,
         context_length,
+        pinned: slot.pinned(),
+        reserved_bytes: slot.reserved_bytes(),
     }
 }
 
@@ -209,7 +211,15 @@ fn health(slots: &Slots) -> serde_json::Value {
         .iter()
         .map(|slot| {
             let state = slot.state();
-            let mut entry = json!({ "id": slot.name(), "status": state.word() });
+            let mut entry = json!({
+                "id": slot.name(), "status": state.word(), "pinned": slot.pinned(),
+                "reserved_bytes": slot.reserved_bytes(),
+            });
+            if let SlotState::Ready(model) = &state {
+                let usage = model.usage();
+                entry["requests"] = usage.requests.into();
+                entry["unused_s"] = usage.last.elapsed().as_secs().into();
+            }
             if let SlotState::Failed { failures, reason, .. } = &state {
                 entry["failures"] = (*failures).into();
                 entry["reason"] = reason.to_string().into();
@@ -217,5 +227,5 @@ fn health(slots: &Slots) -> serde_json::Value {
             entry
         })
         .collect();
-    json!({ "status": "ok", "models": models })
+    json!({ "status": "ok", "models": models, "memory": slots.memory() })
 }

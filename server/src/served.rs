@@ -15,6 +15,8 @@ use mesh_core::{
 use mesh_text::{Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, dialects, tokenizer::DecoderOptions};
 use tokio::sync::Semaphore;
 
+use crate::lease::{Usage, Use};
+
 /// The dialect of models that no family speaks for: text as it comes.
 const PLAIN_DIALECT: &str = "plain";
 
@@ -40,6 +42,7 @@ pub struct ServedModel {
     pub since: u64,
     pub(crate) preparing: Semaphore,
     answered: AtomicBool,
+    pub(crate) usage: Usage,
     default_template: Result<Template, TemplateError>,
     tool_template: Option<Result<Template, TemplateError>>,
 }
@@ -142,6 +145,7 @@ impl ServedModel {
             since,
             preparing: Semaphore::new(PREPARING_MAX),
             answered: AtomicBool::new(false),
+            usage: Usage::new(),
             default_template: voice.default_template,
             tool_template: voice.tool_template,
         })
@@ -155,6 +159,11 @@ impl ServedModel {
     /// Whether any request was answered whole.
     pub(crate) fn has_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Who uses it.
+    pub fn usage(&self) -> Use {
+        self.usage.now()
     }
 
     /// The template for a conversation with or without tools.

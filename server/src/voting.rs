@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use mesh_core::{
-    Ballot, Elected, ElectionError, ElectionRequest, Host, InferenceBackend, ModelFamily, ModelProfile, RegistryError,
-    elect, registry,
+    Ballot, Device, Elected, ElectionError, ElectionRequest, Host, InferenceBackend, ModelFamily, ModelProfile,
+    RegistryError, elect, registry,
 };
 use serde_json::Value;
 
@@ -67,14 +67,19 @@ impl Electorate {
         self.families.iter().copied().find(|family| mesh_core::family::claims(*family, profile))
     }
 
-    /// Asks every backend. Looks at the machine, so not for a thread that serves connections.
-    pub fn votes(&self, profile: &ModelProfile) -> Votes {
+    /// Asks every backend. `memory_bytes` is what a device has for models, as they shall see it: what is available at the
+    /// moment lacks what other models hold, and those can be unloaded. Looks at the machine, so not for a thread that
+    /// serves connections.
+    pub fn votes(&self, profile: &ModelProfile, memory_bytes: impl Fn(&Device) -> Option<u64>) -> Votes {
         let family = self.family(profile);
         let (ballots, hosts) = self
             .backends
             .iter()
             .map(|backend| {
-                let host = self.host(*backend);
+                let mut host = self.host(*backend);
+                if let Ok(device) = &mut host.device {
+                    device.memory_bytes = memory_bytes(device);
+                }
                 let verdict = backend.judge(profile, family, &host);
                 (Ballot { backend: backend.info(), verdict }, host)
             })

@@ -149,6 +149,56 @@ fn verify_shows_both_differences_and_fails_past_the_tolerance() {
     assert!(String::from_utf8(strict.stdout).unwrap().contains("FAILED"));
 }
 
+/// Ends a process when the test does, however that is.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_model_that_fails_at_the_start_takes_no_other_with_it() {
+    let Some(dir) = golden("qwen3") else { return };
+    let home = Home::new();
+    let config = home.0.path().join("config.toml");
+    let table = format!("[[models]]\nmodel = {:?}\nname = \"good\"\nbackend = \"mlx\"\n", dir.to_string_lossy());
+    std::fs::write(&config, table).unwrap();
+    let mut server = home
+        .command(&["--model", "./no/such/model", "--memory", "4GiB", "--port", "0", "--config"])
+        .arg(&config)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let errors = BufReader::new(server.stderr.take().unwrap());
+    let mut lines = BufReader::new(server.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let _ended = Ended(server);
+    let failed = errors.lines().map_while(Result::ok).find(|line| line.contains("./no/such/model")).unwrap();
+    assert!(failed.contains("no such file or directory"), "{failed}");
+    let url = lines.by_ref().find_map(|line| line.strip_prefix("listening on ").map(str::to_owned)).unwrap();
+    let said: Vec<String> = lines.by_ref().take(2).collect();
+    assert_eq!(said.last().unwrap(), "loaded when asked for: good");
+
+    let body = json!({ "model": "good", "prompt": "hi", "max_tokens": 2 });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let status = async |path: &str| client.get(format!("{url}{path}")).send().await.unwrap().status().as_u16();
+        assert_eq!((status("/livez").await, status("/readyz").await), (200, 503));
+        let answer = client.post(format!("{url}/v1/completions")).json(&body).send().await.unwrap();
+        let answer: Value = answer.json().await.unwrap();
+        assert_eq!(answer["model"], "good", "{answer}");
+        let health = client.get(format!("{url}/health")).send().await.unwrap().json::<Value>().await.unwrap();
+        let states: Vec<_> = health["models"].as_array().unwrap().iter().map(|model| &model["status"]).collect();
+        assert_eq!(states, ["failed", "ready"]);
+        let memory = &health["memory"][0];
+        assert_eq!((&memory["pool"], &memory["budget_bytes"]), (&json!("ram"), &json!(4u64 << 30)), "{health}");
+    });
+}
+
 #[cfg(unix)]
 #[test]
 fn a_model_is_served_until_a_signal_comes() {

@@ -33,7 +33,7 @@ fn plan(profile: ModelProfile, settings: Value) -> LoadPlan {
     let host = backend().host(&settings);
     let family = registry::family_of(registry::families().expect("unique"), &profile);
     let Verdict::Serve(offer) = backend().judge(&profile, family, &host) else { panic!("mlx serves the golden") };
-    LoadPlan { profile: Arc::new(profile), family, offer, context_tokens: Some(128), settings }
+    LoadPlan { profile: Arc::new(profile), family, offer, context_tokens: Some(128), memory_bytes: None, settings }
 }
 
 async fn load(root: &Path, settings: Value) -> EngineHandle {

@@ -176,7 +176,9 @@ fn context(plan: &LoadPlan, settings: &Settings) -> Result<u32, LoadError> {
     let offered = plan.offer.capabilities.context_tokens_max;
     // Slots that nobody asked for take nothing from the context.
     let slots = settings.parallel_requests_max.unwrap_or(1);
-    let choice = judge::choose_context(profile, plan.offer.device.memory_bytes, slots);
+    // Less than was offered for is a bound of its own; what was offered for was chosen by what the device has.
+    let squeezed = plan.memory_bytes.filter(|bytes| plan.offer.memory_bytes.is_some_and(|offered| *bytes < offered));
+    let choice = judge::choose_context(profile, squeezed.or(plan.offer.device.memory_bytes), slots);
     log(&profile.name, &choice.reasons);
     // An offer is a promise from above as well: whoever made it may know more about memory than we do.
     Ok(choice.tokens.min(offered).max(1))

@@ -86,7 +86,7 @@ pub(crate) fn section(binary: &Path) -> Value {
 pub(crate) fn plan(profile: ModelProfile, settings: Value, context_tokens: Option<u32>) -> LoadPlan {
     let host = BACKEND.host(&settings);
     let Verdict::Serve(offer) = BACKEND.judge(&profile, None, &host) else { panic!("refused") };
-    LoadPlan { profile: Arc::new(profile), family: None, offer, context_tokens, settings }
+    LoadPlan { profile: Arc::new(profile), family: None, offer, context_tokens, memory_bytes: None, settings }
 }
 
 async fn load(binary: &Path, gguf: PathBuf) -> EngineHandle {

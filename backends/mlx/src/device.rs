@@ -31,7 +31,7 @@ use crate::{
     runner::{Parts, Runner},
     schedule::Limits,
     settings::Settings,
-    watchdog,
+    threads, watchdog,
 };
 
 /// Arrays evaluated between two reports of progress while loading.
@@ -75,10 +75,14 @@ pub async fn load(plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle
     let settings = Settings::read(&plan.settings).map_err(|what| LoadError::Settings { backend: INFO.id, what })?;
     let context = context(&plan)?;
     let residency = judge::residency(&plan.profile, &plan.offer.device);
-    fits(&plan, &settings, &residency)?;
+    let mut device = plan.offer.device.clone();
+    if let Some(share) = plan.memory_bytes {
+        device.memory_bytes = Some(device.memory_bytes.map_or(share, |bytes| bytes.min(share)));
+    }
+    fits(&plan, &device, &settings, &residency)?;
 
     let eos = plan.profile.eos_token_ids.iter().map(|fact| fact.value).collect();
-    let (name, device, config) = (plan.profile.name.clone(), plan.offer.device.clone(), plan.profile.config.clone());
+    let (name, config) = (plan.profile.name.clone(), plan.profile.config.clone());
     let identity = Identity {
         weights: plan.profile.weights.clone(),
         circumstances: format!("{} {} {config}", device.kind, residency.dequantize),
@@ -101,7 +105,7 @@ pub struct Context {
 
 /// What a device thread starts with.
 pub struct Start {
-    /// Names the thread.
+    /// The model, for people.
     pub name: String,
     /// What it computes on.
     pub device: Device,
@@ -136,9 +140,7 @@ pub async fn start(start: Start) -> Result<EngineHandle, LoadError> {
     let _guard = AbandonOnDrop(abandoned.clone());
     let (device, step_max) = (start.device.clone(), Duration::from_secs(start.settings.step_s_max));
     let thread_shared = shared.clone();
-    thread::Builder::new()
-        .name(format!("mlx {}", start.name))
-        .spawn(move || run(start, &thread_shared, inbox, ready, &abandoned))
+    threads::spawn(move || run(start, &thread_shared, inbox, ready, &abandoned))
         .map_err(|error| LoadError::Other { what: "starting the device thread".into(), source: error.into() })?;
     let ready = built.await.unwrap_or_else(|_| Err(other("loading the model", "the device thread panicked")))?;
     tokio::spawn(watchdog::watch(shared.clone(), step_max));
@@ -171,8 +173,8 @@ fn context(plan: &LoadPlan) -> Result<Context, LoadError> {
 }
 
 /// Whether the weights alone would fit; what comes beside them is known once they are there.
-fn fits(plan: &LoadPlan, settings: &Settings, residency: &Residency) -> Result<(), LoadError> {
-    match device_bytes(&plan.offer.device, settings) {
+fn fits(plan: &LoadPlan, device: &Device, settings: &Settings, residency: &Residency) -> Result<(), LoadError> {
+    match device_bytes(device, settings) {
         Some(available) if residency.bytes > available => Err(LoadError::Memory {
             model: plan.profile.name.clone(),
             needed_bytes: residency.bytes,

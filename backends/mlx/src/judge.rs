@@ -6,9 +6,13 @@ use mesh_core::{
     Capabilities, Device, DeviceKind, Host, Knob, ModelFamily, ModelProfile, Offer, OutputForm, PromptForm, Reason,
     Refusal, Verdict, WeightFormat,
 };
-use mesh_graph::QuantizationTable;
+use mesh_graph::{Footprint, QuantizationTable};
 
-use crate::{host::SLOW, settings::Settings};
+use crate::{
+    host::SLOW,
+    memory::{Sizes, USABLE_PERCENT},
+    settings::Settings,
+};
 
 /// Context where neither the model nor the user names one, in tokens.
 pub const CONTEXT_TOKENS_DEFAULT: u32 = 4096;
@@ -59,14 +63,28 @@ pub fn judge(profile: &ModelProfile, family: Option<&dyn ModelFamily>, host: &Ho
     let residency = residency(profile, device);
     reasons.push(Reason::new(residency.reason));
     let context = profile.context_tokens_max.as_ref().map_or(CONTEXT_TOKENS_DEFAULT, |fact| fact.value);
-    let kv_bytes = profile.kv_bytes_per_token().map(|bytes| bytes * u64::from(context));
+    let memory_bytes = memory_bytes(profile, device, residency.bytes, context);
     Verdict::Serve(Offer {
         capabilities: capabilities(context, Settings::default().parallel(device.kind)),
         device: device.clone(),
-        memory_bytes: kv_bytes.map(|kv| residency.bytes + kv),
+        memory_bytes,
         score: if device.kind == DeviceKind::Cpu { 10 } else { 100 },
         reasons,
     })
+}
+
+/// With how much memory a plan serves the whole context, in bytes, where that can be told.
+fn memory_bytes(profile: &ModelProfile, device: &Device, weights_bytes: u64, context_tokens: u32) -> Option<u64> {
+    let kv_bytes = profile.kv_bytes_per_token()?;
+    let defaults = Settings::default();
+    let vocab_size = profile.vocab_size.as_ref().map_or(0, |fact| fact.value);
+    let sizes = Sizes::read(&profile.config, vocab_size, device.kind);
+    let parallel = defaults.parallel(device.kind);
+    let pass = sizes.workspace_bytes(defaults.prefill_chunk_tokens, context_tokens.into(), parallel);
+    // Keys and values are of the type of activations, and the fact counts two bytes each.
+    let footprint = Footprint { token_bytes: kv_bytes / 2 * sizes.float_bytes, ..Footprint::default() };
+    let needed = weights_bytes.saturating_add(pass).saturating_add(footprint.bytes(context_tokens.into()));
+    Some((needed / USABLE_PERCENT).saturating_add(1).saturating_mul(100))
 }
 
 /// What the engine accepts, whatever the model.
@@ -161,4 +179,56 @@ fn nobody_claims(profile: &ModelProfile) -> Refusal {
         (None, None) => Reason::new("there is no config.json, and no family is recognised by its tensors"),
     };
     Refusal::because(reason).hint("if a GGUF of this model exists, llama-server can serve that: --gguf")
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::{Fact, Source};
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::memory::{Question, plan};
+
+    fn fact<T>(value: T) -> Option<Fact<T>> {
+        Some(Fact::new(value, Source::file("config.json")))
+    }
+
+    proptest! {
+        /// What a server sets aside by the offer is what the load's own arithmetic needs.
+        #[test]
+        fn what_is_offered_suffices(
+            weights_bytes in 1u64..1 << 36, context_tokens in 1u32..200_000, layers in 1u32..100, vocab in 100u32..300_000,
+            cpu: bool,
+        ) {
+            let kind = if cpu { DeviceKind::Cpu } else { DeviceKind::Cuda };
+            let device = Device { kind, name: String::new(), memory_bytes: None };
+            let format = Fact::new(WeightFormat::Safetensors, Source::file("model.safetensors"));
+            let profile = ModelProfile {
+                layers: fact(layers),
+                kv_heads: fact(8),
+                head_dim: fact(128),
+                vocab_size: fact(vocab),
+                config: json!({ "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32 }),
+                ..ModelProfile::of_files("m".into(), "".into(), vec![], format, weights_bytes)
+            };
+            let sizes = Sizes::read(&profile.config, vocab, kind);
+            let token_bytes = profile.kv_bytes_per_token().unwrap() / 2 * sizes.float_bytes;
+            let footprint = Footprint { token_bytes, ..Footprint::default() };
+            let settings = Settings::default();
+            let planned = plan(&Question {
+                model: "m",
+                device_bytes: memory_bytes(&profile, &device, weights_bytes, context_tokens),
+                weights_bytes,
+                footprint: &footprint,
+                sizes: &sizes,
+                parallel_max: settings.parallel(kind),
+                chunk_tokens: settings.prefill_chunk_tokens,
+                context_tokens,
+                asked: true,
+                sequences_bytes_max: None,
+            });
+            prop_assert_eq!(planned.unwrap().context_tokens, context_tokens);
+        }
+    }
 }

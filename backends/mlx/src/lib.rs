@@ -23,6 +23,7 @@ mod sampler;
 mod schedule;
 mod sequence;
 mod settings;
+mod threads;
 pub mod verify;
 mod watchdog;
 

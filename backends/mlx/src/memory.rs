@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::host;
 
 /// Of a device's memory, what is planned with; the rest is for what nobody counts.
-const USABLE_PERCENT: u64 = 90;
+pub const USABLE_PERCENT: u64 = 90;
 
 /// Sizes that decide how much a forward pass takes beside what it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,13 @@ impl Sizes {
     /// Bytes that choosing tokens takes: logits and what is made of them, in f32.
     pub fn choice_bytes(&self, rows: u64) -> u64 {
         rows * self.vocab * 4 * 6
+    }
+
+    /// Bytes that a forward pass takes beside caches, with chunks of so many tokens at most in a context of so many.
+    pub fn workspace_bytes(&self, chunk_tokens: u32, context_tokens: u64, parallel: u32) -> u64 {
+        let most = u32::try_from(context_tokens).map_or(chunk_tokens, |context| chunk_tokens.min(context));
+        let chunk = self.chunk_within(most, context_tokens, CHUNK_BYTES_MAX);
+        self.chunk_bytes(chunk.into(), context_tokens) + self.choice_bytes(parallel.into())
     }
 
     /// The longest chunk up to `most` tokens that takes no more than `bytes_max`, of a sequence of so many tokens.
@@ -108,10 +115,7 @@ const SEQUENCES_BYTES_DEFAULT: u64 = 8 << 30;
 pub fn plan(question: &Question<'_>) -> Result<Plan, LoadError> {
     let Question { footprint, sizes, weights_bytes, context_tokens, .. } = *question;
     // Chunks get shorter as sequences get longer, so that scores stay within this.
-    let workspace = |context: u64| {
-        let chunk = sizes.chunk_within(question.chunk_tokens, context, CHUNK_BYTES_MAX);
-        sizes.chunk_bytes(chunk.into(), context) + sizes.choice_bytes(question.parallel_max.into())
-    };
+    let workspace = |context: u64| sizes.workspace_bytes(question.chunk_tokens, context, question.parallel_max);
     let Some(device_bytes) = question.device_bytes else {
         let sequences_bytes = SEQUENCES_BYTES_DEFAULT.max(footprint.bytes(context_tokens.into()));
         let sequences_bytes = question.sequences_bytes_max.unwrap_or(sequences_bytes);

@@ -91,6 +91,9 @@ pub struct LoadPlan {
     pub offer: Offer,
     /// Context asked for by the user, in tokens; absent leaves the choice to the backend.
     pub context_tokens: Option<u32>,
+    /// What the engine may hold of its device's memory, in bytes, where it shares it with others; absent leaves it all of
+    /// what the device has.
+    pub memory_bytes: Option<u64>,
     /// The backend's own section of the settings.
     pub settings: serde_json::Value,
 }

@@ -2,6 +2,7 @@
 
 use std::{net::IpAddr, path::PathBuf};
 
+use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Serves local language models over an OpenAI-compatible API
@@ -93,6 +94,26 @@ pub struct ModelArgs {
     /// A small default model if absent
     #[arg(long, value_name = "MODEL", conflicts_with_all = ["mlx_file", "gguf_file"])]
     pub model: Option<String>,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+}
+
+/// The same for a server, which may have several.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ServedArgs {
+    /// A catalog name, a path, or a repository: org/repo, org/repo/file, org/repo@revision, org/repo:QUANT.
+    /// A small default model if absent. May be repeated: the first is loaded at once, others when they are asked for
+    #[arg(long = "model", value_name = "MODEL", conflicts_with_all = ["mlx_file", "gguf_file"])]
+    pub model: Vec<String>,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+}
+
+/// Files instead of a model, and what goes for all models of a command line.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Model")]
+pub struct WeightsArgs {
     /// A safetensors file on disk, served by the mlx backend
     #[arg(long, value_name = "PATH", conflicts_with_all = ["gguf_file", "gguf", "backend"])]
     pub mlx_file: Option<PathBuf>,
@@ -154,7 +175,7 @@ pub struct LimitArgs {
 #[derive(Clone, Debug, Default, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub model: ServedArgs,
     #[command(flatten)]
     pub environment: EnvironmentArgs,
     #[command(flatten)]
@@ -165,6 +186,23 @@ pub struct ServeArgs {
     /// Port to listen on; 0 takes any free one [default: 9337]
     #[arg(long, value_name = "PORT", help_heading = "Server")]
     pub port: Option<u16>,
+    /// Memory that models may hold together, such as 8GiB; the least recently used one is unloaded to make room.
+    /// What the device has, less a tenth, if absent
+    #[arg(long, value_name = "BYTES", help_heading = "Server", value_parser = memory)]
+    pub memory: Option<ByteSize>,
+    /// Unload models that nobody has used for so long
+    #[arg(long, value_name = "SECONDS", help_heading = "Server", value_parser = clap::value_parser!(u64).range(1..))]
+    pub idle_ttl: Option<u64>,
+}
+
+/// What is said of an amount of memory that is none.
+pub const MEMORY: &str = "it has to be a number of bytes, such as 8GiB or 512MiB";
+
+fn memory(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(bytes) if bytes.as_u64() > 0 => Ok(bytes),
+        _ => Err(MEMORY.into()),
+    }
 }
 
 /// `mesh-llm chat`.

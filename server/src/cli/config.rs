@@ -8,7 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use bytesize::ByteSize;
+use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
 use super::failure::{Exit, Failure};
@@ -30,6 +31,14 @@ pub struct Config {
     pub max_parallel: Option<u32>,
     /// Requests that may wait for those.
     pub max_queue: Option<u32>,
+    /// More models, loaded when they are asked for. The first is the default where no other is named.
+    #[serde(default)]
+    pub models: Vec<ModelTable>,
+    /// Memory that models may hold together.
+    #[serde(default, deserialize_with = "memory")]
+    pub memory: Option<ByteSize>,
+    /// Seconds after which models that nobody uses are unloaded.
+    pub idle_ttl_s: Option<u64>,
     /// Address to listen on.
     pub host: Option<IpAddr>,
     /// Port to listen on.
@@ -41,6 +50,34 @@ pub struct Config {
     /// Settings of backends, by id.
     #[serde(default)]
     pub backends: BTreeMap<String, Value>,
+}
+
+/// One of several models.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelTable {
+    /// The model.
+    pub model: String,
+    /// A name to ask for it by, instead of its own.
+    pub name: Option<String>,
+    /// The backend that has to serve it, or `auto`; the file's own if absent.
+    pub backend: Option<String>,
+    /// Context length in tokens; the file's own if absent.
+    pub ctx: Option<u32>,
+    /// Memory it shall have, if not what it needs for itself.
+    #[serde(default, deserialize_with = "memory")]
+    pub memory: Option<ByteSize>,
+    /// Load it at the start, and keep it in memory whatever comes.
+    #[serde(default)]
+    pub pin: bool,
+}
+
+fn memory<'de, D: Deserializer<'de>>(value: D) -> Result<Option<ByteSize>, D::Error> {
+    // The crate's own words would not say what is expected.
+    match ByteSize::deserialize(value) {
+        Ok(bytes) if bytes.as_u64() > 0 => Ok(Some(bytes)),
+        _ => Err(D::Error::custom(super::args::MEMORY)),
+    }
 }
 
 impl Config {
@@ -62,11 +99,14 @@ impl Config {
 
     fn parse(text: &str) -> Result<Self, String> {
         let config: Self = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
-        if config.ctx == Some(0) {
+        if config.ctx == Some(0) || config.models.iter().any(|table| table.ctx == Some(0)) {
             return Err("`ctx` has to be 1 or more".into());
         }
         if config.max_parallel == Some(0) {
             return Err("`max_parallel` has to be 1 or more".into());
+        }
+        if config.idle_ttl_s == Some(0) {
+            return Err("`idle_ttl_s` has to be 1 or more".into());
         }
         Ok(config)
     }
@@ -89,6 +129,15 @@ mod tests {
             port = 8080
             offline = true
             cache = "models"
+            memory = "8GiB"
+            idle_ttl_s = 600
+            [[models]]
+            model = "Qwen3-0.6B-MLX"
+            name = "small"
+            backend = "mlx"
+            ctx = 4096
+            memory = 2147483648
+            pin = true
             [backends.llama-server]
             args = ["--threads", "2"]
             "#,
@@ -97,6 +146,9 @@ mod tests {
         assert_eq!(config.backend.as_deref(), Some("auto"));
         assert_eq!((config.max_parallel, config.max_queue), (Some(8), Some(0)));
         assert_eq!(config.backends["llama-server"]["args"][1], "2");
+        assert_eq!((config.memory, config.idle_ttl_s), (Some(ByteSize::gib(8)), Some(600)));
+        assert_eq!(config.models[0].memory, Some(ByteSize::gib(2)));
+        assert!(config.models[0].pin && config.models[0].name.as_deref() == Some("small"));
     }
 
     #[test]
@@ -104,6 +156,8 @@ mod tests {
         insta::assert_snapshot!(Config::parse("modle = \"x\"").unwrap_err());
         insta::assert_snapshot!(Config::parse("port = \"x\"").unwrap_err());
         insta::assert_snapshot!(Config::parse("ctx = 0").unwrap_err());
+        insta::assert_snapshot!(Config::parse("memory = \"lots\"").unwrap_err());
+        insta::assert_snapshot!(Config::parse("[[models]]\nmodle = \"x\"").unwrap_err());
     }
 
     #[test]

@@ -56,7 +56,7 @@ impl From<&StartError> for Failure {
         let exit = match error {
             StartError::Fetch(_) | StartError::Probe(_) | StartError::Voice(_) => Exit::Model,
             StartError::Election(_) => Exit::Backend,
-            StartError::Load(_) => Exit::Load,
+            StartError::Load(_) | StartError::Room(_) => Exit::Load,
             StartError::Engine { .. } | StartError::Panicked { .. } => Exit::Failure,
         };
         Self::hinted(exit, error)

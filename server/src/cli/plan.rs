@@ -1,23 +1,25 @@
 //! What the command line and the configuration file come to.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     sync::Arc,
+    time::Duration,
 };
 
+use bytesize::ByteSize;
 use mesh_core::{ElectionError, ProgressSink, WeightFormat, registry};
 use mesh_llm::{
-    slots::{Observer, StartError, Starter, StoreLocate},
+    slots::{Keeping, Observer, StartError, Starter, StoreLocate},
     voting::Electorate,
 };
-use mesh_models::{DEFAULT_MODEL, Store, StoreOptions, Want};
+use mesh_models::{DEFAULT_MODEL, Store, StoreOptions, Want, reference::Reference};
 use serde_json::{Value, json};
 
 use super::{
-    args::{ChoiceArgs, EnvironmentArgs, LimitArgs, ModelArgs},
-    config::Config,
+    args::{ChoiceArgs, EnvironmentArgs, LimitArgs, ModelArgs, ServedArgs, WeightsArgs},
+    config::{Config, ModelTable},
     failure::{Exit, Failure},
 };
 
@@ -50,28 +52,42 @@ pub struct ModelPlan {
 impl ModelPlan {
     /// From flags and configuration. `formats` tells what weights a backend reads.
     pub fn new(args: &ModelArgs, config: &Config, formats: impl Fn(&str) -> Vec<WeightFormat>) -> Self {
-        let file = args.mlx_file.as_ref().or(args.gguf_file.as_ref());
-        let reference = match (file, &args.model, &config.model) {
-            (Some(file), ..) => file.display().to_string(),
-            (None, Some(model), _) | (None, None, Some(model)) => model.clone(),
-            (None, None, None) => DEFAULT_MODEL.to_owned(),
+        let first = || config.models.first().map(|table| table.model.clone());
+        let asked = asked(args.model.as_slice(), &args.weights, config).pop();
+        let reference = asked.or_else(first).unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+        let table = match lookup(&reference, config) {
+            Some(at) => config.models[at].clone(),
+            None => ModelTable { model: reference, ..ModelTable::default() },
         };
-        let mlx = args.choice.mlx || args.mlx_file.is_some();
-        let gguf = args.choice.gguf || args.gguf_file.is_some();
-        let choice = ChoiceArgs { mlx, gguf, backend: args.choice.backend.clone() };
-        Self::choose(reference, &choice, config, args.ctx.or(config.ctx), formats)
+        Self::listed(table, &args.weights, config, &formats).plan
     }
 
-    /// The same for commands that take the model as an argument.
+    /// A model with all that the configuration says of it. Flags go first.
+    fn listed(
+        table: ModelTable,
+        weights: &WeightsArgs,
+        config: &Config,
+        formats: &impl Fn(&str) -> Vec<WeightFormat>,
+    ) -> KeptPlan {
+        let mlx = weights.choice.mlx || weights.mlx_file.is_some();
+        let gguf = weights.choice.gguf || weights.gguf_file.is_some();
+        let choice = ChoiceArgs { mlx, gguf, backend: weights.choice.backend.clone() };
+        let backend = table.backend.or_else(|| config.backend.clone());
+        let context_tokens = weights.ctx.or(table.ctx).or(config.ctx);
+        let plan = Self::choose(table.model, &choice, backend, context_tokens, formats);
+        KeptPlan { plan, name: table.name, pinned: table.pin, share_bytes: table.memory.map(|bytes| bytes.as_u64()) }
+    }
+
+    /// The same for commands that take the model as an argument. `configured` is the backend that the file names.
     pub fn choose(
         reference: String,
         choice: &ChoiceArgs,
-        config: &Config,
+        configured: Option<String>,
         context_tokens: Option<u32>,
         formats: impl Fn(&str) -> Vec<WeightFormat>,
     ) -> Self {
         // A flag about weights overrides a backend that only the file names.
-        let configured = config.backend.clone().filter(|_| !choice.gguf);
+        let configured = configured.filter(|_| !choice.gguf);
         let backend = if choice.mlx { Some(MLX.to_owned()) } else { choice.backend.clone().or(configured) };
         let opt_in = backend.as_deref() == Some(AUTO);
         let forced = backend.filter(|_| !opt_in);
@@ -86,6 +102,71 @@ impl ModelPlan {
         };
         Self { reference, want, want_implied, forced, opt_in, context_tokens }
     }
+}
+
+/// A model of a server, and how it is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptPlan {
+    /// The model.
+    pub plan: ModelPlan,
+    /// The name to ask for it by, if not its own.
+    pub name: Option<String>,
+    /// Whether it stays in memory whatever comes.
+    pub pinned: bool,
+    /// Memory it shall have, in bytes, if not what it needs for itself.
+    pub share_bytes: Option<u64>,
+}
+
+/// The models that are asked for, as the user spelled them: those of the command line, or else the file's one.
+fn asked(models: &[String], weights: &WeightsArgs, config: &Config) -> Vec<String> {
+    let file = weights.mlx_file.as_ref().or(weights.gguf_file.as_ref());
+    match file {
+        Some(file) => vec![file.display().to_string()],
+        None if models.is_empty() => config.model.iter().cloned().collect(),
+        None => models.to_vec(),
+    }
+}
+
+/// The table of the configuration that a model was asked for by: by its name, or else by the model itself.
+fn lookup(reference: &str, config: &Config) -> Option<usize> {
+    let named = |table: &ModelTable| table.name.as_deref() == Some(reference);
+    let same = |table: &ModelTable| table.model == reference;
+    config.models.iter().position(named).or_else(|| config.models.iter().position(same))
+}
+
+/// The models of a server: those asked for, and then the others that the file lists. The first is the default.
+pub fn kept(
+    args: &ServedArgs,
+    config: &Config,
+    formats: impl Fn(&str) -> Vec<WeightFormat>,
+) -> Result<Vec<KeptPlan>, Failure> {
+    let mut asked = asked(&args.model, &args.weights, config);
+    if asked.is_empty() && config.models.is_empty() {
+        asked.push(DEFAULT_MODEL.to_owned());
+    }
+    let mut rest: Vec<_> = config.models.iter().cloned().map(Some).collect();
+    let mut kept = Vec::new();
+    for reference in asked {
+        let table = lookup(&reference, config).and_then(|at| rest[at].take());
+        let table = table.unwrap_or_else(|| ModelTable { model: reference, ..ModelTable::default() });
+        kept.push(ModelPlan::listed(table, &args.weights, config, &formats));
+    }
+    // Flags of the command line are about the command line's models.
+    let others = rest.into_iter().flatten();
+    kept.extend(others.map(|table| ModelPlan::listed(table, &WeightsArgs::default(), config, &formats)));
+    let mut names = BTreeSet::new();
+    let handle = |kept: &KeptPlan| kept.name.clone().unwrap_or_else(|| kept.plan.reference.clone());
+    if let Some(twice) = kept.iter().map(handle).find(|name| !names.insert(name.clone())) {
+        return Err(Failure::new(Exit::Usage, format!("two models are called `{twice}`"))
+            .hint("leave one of them out, or give it a `name` of its own in the configuration file"));
+    }
+    let reference_of = |name: &str, one: &KeptPlan| one.name.as_deref() != Some(name) && one.plan.reference == name;
+    let is_anothers = |name: &&String| kept.iter().any(|one| reference_of(name, one));
+    if let Some(name) = kept.iter().filter_map(|one| one.name.as_ref()).find(is_anothers) {
+        return Err(Failure::new(Exit::Usage, format!("`{name}` names one model, and is another one"))
+            .hint("give it another `name` in the configuration file"));
+    }
+    Ok(kept)
 }
 
 /// Everything commands work with.
@@ -124,9 +205,31 @@ impl Setting {
         self.checked(ModelPlan::new(args, &self.config, |id| self.formats(id)))
     }
 
+    /// The plans for a server's models, if their backends exist.
+    pub fn kept(&self, args: &ServedArgs) -> Result<Vec<KeptPlan>, Failure> {
+        let kept = kept(args, &self.config, |id| self.formats(id))?;
+        kept.into_iter().map(|kept| Ok(KeptPlan { plan: self.checked(kept.plan)?, ..kept })).collect()
+    }
+
     /// The same for commands that take the model as an argument.
     pub fn choose(&self, reference: String, choice: &ChoiceArgs) -> Result<ModelPlan, Failure> {
-        self.checked(ModelPlan::choose(reference, choice, &self.config, self.config.ctx, |id| self.formats(id)))
+        let (backend, context_tokens) = (self.config.backend.clone(), self.config.ctx);
+        self.checked(ModelPlan::choose(reference, choice, backend, context_tokens, |id| self.formats(id)))
+    }
+
+    /// The name of a model on disk, which costs no more than a look at its directory.
+    pub async fn local_name(&self, plan: &ModelPlan) -> Option<String> {
+        let Ok(Reference::Path(_)) = Reference::parse(&plan.reference, Path::exists) else { return None };
+        let artifact = self.store.locate(&plan.reference, plan.want, &ProgressSink::silent()).await;
+        artifact.ok().map(|artifact| artifact.name)
+    }
+
+    /// How much of models is kept, and how long.
+    pub fn keeping(&self, memory: Option<ByteSize>, idle_ttl_s: Option<u64>) -> Keeping {
+        Keeping {
+            memory_bytes: memory.or(self.config.memory).map(|bytes| bytes.as_u64()),
+            idle_ttl: idle_ttl_s.or(self.config.idle_ttl_s).map(Duration::from_secs),
+        }
     }
 
     /// A backend that does not exist is an error before anything is downloaded.
@@ -227,16 +330,31 @@ fn path_value(path: &Path) -> Value {
 mod tests {
     use clap::Parser;
 
-    use super::{super::args::Cli, *};
+    use super::{
+        super::args::{Cli, Command},
+        *,
+    };
 
-    fn plan_with(line: &str, config: &str) -> ModelPlan {
-        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
-        let config: Config = toml::from_str(config).unwrap();
-        ModelPlan::new(&cli.serve.model, &config, |id| match id {
+    fn formats(id: &str) -> Vec<WeightFormat> {
+        match id {
             "mlx" => vec![WeightFormat::Safetensors],
             "llama-server" => vec![WeightFormat::Gguf],
             _ => vec![],
-        })
+        }
+    }
+
+    fn kept_with(line: &str, config: &str) -> Result<Vec<KeptPlan>, Failure> {
+        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+        kept(&cli.serve.model, &toml::from_str(config).unwrap(), formats)
+    }
+
+    fn plan_with(line: &str, config: &str) -> ModelPlan {
+        let plan = kept_with(line, config).unwrap().remove(0).plan;
+        let chat = line.replacen("mesh-llm", "mesh-llm chat", 1);
+        let Some(Command::Chat(chat)) = Cli::try_parse_from(chat.split_whitespace()).unwrap().command else { panic!() };
+        let one = ModelPlan::new(&chat.model, &toml::from_str(config).unwrap(), formats);
+        assert_eq!(one, plan, "chat and serve understand `{line}` differently");
+        plan
     }
 
     fn plan(line: &str) -> ModelPlan {
@@ -276,6 +394,51 @@ mod tests {
         let plan = plan_with("mesh-llm --model b --gguf --ctx 200", file);
         assert_eq!((plan.reference.as_str(), plan.forced, plan.context_tokens), ("b", None, Some(200)));
         assert_eq!(plan_with("mesh-llm", file).forced.as_deref(), Some("mlx"));
+    }
+
+    /// What models come to: their handles, with a `!` where they are pinned.
+    fn said(line: &str, config: &str) -> String {
+        match kept_with(line, config) {
+            Ok(kept) => {
+                let said = kept.iter().map(|KeptPlan { plan, name, pinned, .. }| {
+                    let name = name.as_ref().map(|name| format!("{name}=")).unwrap_or_default();
+                    let backend = plan.forced.as_ref().map(|id| format!(" by {id}")).unwrap_or_default();
+                    let context = plan.context_tokens.map(|tokens| format!(" ctx {tokens}")).unwrap_or_default();
+                    format!("{name}{}{backend}{context}{}", plan.reference, if *pinned { "!" } else { "" })
+                });
+                said.collect::<Vec<_>>().join(", ")
+            }
+            Err(failure) => failure.message,
+        }
+    }
+
+    #[test]
+    fn several_models_come_from_both_places_and_the_first_is_the_default() {
+        let file = "ctx = 9\n[[models]]\nmodel = \"a\"\nname = \"x\"\nbackend = \"mlx\"\n\
+                    [[models]]\nmodel = \"b\"\nctx = 7\npin = true";
+        for (line, config, want) in [
+            ("mesh-llm --model a --model b --mlx", "", "a by mlx, b by mlx"),
+            ("mesh-llm", file, "x=a by mlx ctx 9, b ctx 7!"),
+            ("mesh-llm --model c --gguf --ctx 5", file, "c ctx 5, x=a by mlx ctx 9, b ctx 7!"),
+            // Asked for by either name, the file's model is the default.
+            ("mesh-llm --model b", file, "b ctx 7!, x=a by mlx ctx 9"),
+            ("mesh-llm --model x --ctx 5", file, "x=a by mlx ctx 5, b ctx 7!"),
+            ("mesh-llm --model a", file, "x=a by mlx ctx 9, b ctx 7!"),
+            ("mesh-llm", "model = \"b\"\n[[models]]\nmodel = \"a\"", "b, a"),
+        ] {
+            assert_eq!(said(line, config), want, "{line} with {config}");
+        }
+    }
+
+    #[test]
+    fn names_are_one_models() {
+        let table = |name: &str| format!("[[models]]\nmodel = \"a\"\nname = \"{name}\"\n");
+        assert_eq!(said("mesh-llm --model a --model a", ""), "two models are called `a`");
+        assert_eq!(said("mesh-llm", &(table("x") + &table("x"))), "two models are called `x`");
+        assert_eq!(said("mesh-llm", &(table("x") + &table("y"))), "x=a, y=a");
+        assert_eq!(said("mesh-llm --model b", &table("b")), "b=a");
+        let shadowed = table("b") + "[[models]]\nmodel = \"b\"\nname = \"c\"";
+        assert_eq!(said("mesh-llm", &shadowed), "`b` names one model, and is another one");
     }
 
     #[test]

@@ -345,7 +345,7 @@ pub struct Model {
     pub object: &'static str,
     pub created: u64,
     pub owned_by: &'static str,
-    /// `cold`, `loading`, `ready`, `failed` or `stopped`.
+    /// `cold`, `loading`, `ready`, `unloading`, `failed` or `stopped`.
     pub status: &'static str,
     /// The backend that serves it, once one does.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -353,6 +353,10 @@ pub struct Model {
     /// Longest prompt and answer together, in tokens, once known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
+    /// Whether it stays in memory whatever comes.
+    pub pinned: bool,
+    /// Memory that is set aside for it, in bytes.
+    pub reserved_bytes: u64,
 }
 
 /// `/v1/models`.

@@ -3,7 +3,6 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -12,7 +11,7 @@ use mesh_core::{EngineError, Event, EventStream, FinishReason, Timings, Usage};
 use mesh_text::{Answer, Delta, DialectParser, StopFilter, StreamDecoder, assemble};
 
 use super::prompt::Reader;
-use crate::served::ServedModel;
+use crate::lease::Lease;
 
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,14 +66,14 @@ pub struct AnswerStream {
     ready: VecDeque<Part>,
     usage: Usage,
     called_tools: bool,
-    /// Keeps the model's parts alive; the engine ends its streams by itself.
-    model: Arc<ServedModel>,
+    /// Given up last: nobody stops the engine before.
+    model: Lease,
 }
 
 impl AnswerStream {
     /// An answer made of `events`. `prompt_tokens` where they are known beforehand.
     pub(crate) fn new(
-        model: &Arc<ServedModel>,
+        model: Lease,
         events: EventStream,
         stop: Vec<String>,
         reader: Option<Reader>,
@@ -90,7 +89,7 @@ impl AnswerStream {
             ready: VecDeque::new(),
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
             called_tools: false,
-            model: model.clone(),
+            model,
         }
     }
 

@@ -8,15 +8,13 @@ pub mod error;
 mod landmarks;
 pub mod prompt;
 
-use std::sync::Arc;
-
 use mesh_core::{Job, Knob, Sampling, chat::Message};
 use serde_json::{Map, Value};
 
 pub use answer::{AnswerStream, Finish, Finished, Part, collect};
 pub use error::PipelineError;
 
-use crate::served::ServedModel;
+use crate::{lease::Lease, served::ServedModel};
 
 /// One request, translated and within its ranges.
 #[derive(Clone, Debug)]
@@ -70,8 +68,9 @@ pub enum Effort {
     Level(String),
 }
 
-/// Hands a request to the model and returns its answer as a stream. Dropping the stream cancels the request.
-pub async fn open(model: &Arc<ServedModel>, ask: Ask) -> Result<AnswerStream, PipelineError> {
+/// Hands a request to the model and returns its answer as a stream, which keeps the lease. Dropping the stream cancels
+/// the request.
+pub async fn open(model: Lease, ask: Ask) -> Result<AnswerStream, PipelineError> {
     let mut job = Job {
         id: ask.id,
         prompt: mesh_core::Prompt::Tokens(Vec::new()),
@@ -81,8 +80,8 @@ pub async fn open(model: &Arc<ServedModel>, ask: Ask) -> Result<AnswerStream, Pi
         logprobs: ask.logprobs,
         landmarks: mesh_core::Landmarks::default(),
     };
-    settle_knobs(model, &mut job)?;
-    let prepared = prompt::prepare(model, ask.subject).await?;
+    settle_knobs(&model, &mut job)?;
+    let prepared = prompt::prepare(&model, ask.subject).await?;
     job.prompt = prepared.prompt;
     job.landmarks = prepared.landmarks;
     let prompt_tokens = match &job.prompt {

@@ -2,10 +2,71 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytesize::ByteSize;
 use mesh_core::{ElectionError, Hint, LoadError, ProbeError};
 use mesh_models::FetchError;
 
+use super::Pool;
 use crate::served::VoiceError;
+
+/// Finding room for a model.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RoomError {
+    /// It would not fit if all that may be evicted were.
+    #[error(
+        "{model} needs {} for its weights, and models may hold {} in {pool}{}",
+        ByteSize(*.needed_bytes), ByteSize(*.budget_bytes), pinned(*.pinned_bytes)
+    )]
+    Never {
+        /// The model.
+        model: String,
+        /// Where it would be.
+        pool: Pool,
+        /// What it needs at least.
+        needed_bytes: u64,
+        /// What all models may hold.
+        budget_bytes: u64,
+        /// What those hold that are never evicted.
+        pinned_bytes: u64,
+    },
+    /// Others were busy for too long.
+    #[error(
+        "{model} needs {}, and for {} s others were busy with {} of the {} that models may hold in {pool}",
+        ByteSize(*.needed_bytes), .waited.as_secs(), ByteSize(*.held_bytes), ByteSize(*.budget_bytes)
+    )]
+    Late {
+        /// The model.
+        model: String,
+        /// Where it would be.
+        pool: Pool,
+        /// What it needs.
+        needed_bytes: u64,
+        /// What others hold.
+        held_bytes: u64,
+        /// What all models may hold.
+        budget_bytes: u64,
+        /// How long it waited.
+        waited: Duration,
+    },
+}
+
+fn pinned(bytes: u64) -> String {
+    if bytes == 0 { String::new() } else { format!(", of which pinned ones hold {}", ByteSize(bytes)) }
+}
+
+impl Hint for RoomError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Never { pinned_bytes: 0, .. } => {
+                Some("choose a smaller model or quantization, or give models more with --memory".into())
+            }
+            Self::Never { .. } => {
+                Some("pin fewer models, choose a smaller one, or give them more with --memory".into())
+            }
+            Self::Late { .. } => Some("try again later".into()),
+        }
+    }
+}
 
 /// Getting a model ready.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +83,9 @@ pub enum StartError {
     /// It cannot be talked with.
     #[error(transparent)]
     Voice(#[from] VoiceError),
+    /// There is no room for it.
+    #[error(transparent)]
+    Room(#[from] RoomError),
     /// The backend could not load it.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -46,6 +110,7 @@ impl Hint for StartError {
             Self::Probe(error) => error.hint(),
             Self::Election(error) => error.hint(),
             Self::Voice(error) => error.hint(),
+            Self::Room(error) => error.hint(),
             Self::Load(error) => error.hint(),
             Self::Engine { .. } | Self::Panicked { .. } => None,
         }
@@ -83,6 +148,9 @@ pub enum SlotError {
         /// When the next request may try again.
         retry_after: Duration,
     },
+    /// No room came free for it in time.
+    #[error("{0}")]
+    NoRoom(RoomError),
     /// As many requests as may wait for the model do so already.
     #[error("{model} is still loading, and {waiting} requests wait for it already")]
     Crowded {
@@ -105,6 +173,7 @@ impl Hint for SlotError {
         match self {
             Self::Unknown { .. } => Some("GET /v1/models lists the models".into()),
             Self::Failed { reason, .. } => reason.hint(),
+            Self::NoRoom(error) => error.hint(),
             Self::Crowded { .. } | Self::NotYetKnown { .. } => Some("try again once /readyz answers 200".into()),
             Self::Stopped => None,
         }

@@ -1,15 +1,19 @@
-//! Models by name, and their way from cold to ready.
+//! Models by name, and their way from cold to ready and back.
 //!
 //! Each slot has one owner task, which alone changes its state; everybody else reads a snapshot, and nothing that
-//! reads one waits for the owner. Requests for a model that is not ready join the load under way.
+//! reads one waits for the owner. Requests for a model that is not ready join the load under way. What models may hold
+//! together is bounded: `memory` has them make room for one another, as [`residency`] decides.
 
 pub mod backoff;
 pub mod error;
+mod identity;
+mod memory;
 mod owner;
+pub mod residency;
 pub mod start;
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,10 +22,14 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use error::{SlotError, StartError};
+pub use error::{RoomError, SlotError, StartError};
+pub use memory::{Pool, PoolUse, ROOM_WAIT_MAX};
 pub use start::{Locate, Observer, StartStep, Starter, StoreLocate};
 
-use crate::served::ServedModel;
+use crate::{lease::Lease, served::ServedModel};
+use identity::Identity;
+use memory::{Memory, Peer};
+use owner::Charge;
 
 /// Most requests that wait for one model to become ready.
 pub const WAITING_MAX: usize = 256;
@@ -29,12 +37,14 @@ pub const WAITING_MAX: usize = 256;
 /// Where a slot is.
 #[derive(Clone, Debug)]
 pub enum SlotState {
-    /// Nothing was asked of it yet.
+    /// It is not in memory: nothing was asked of it yet, or it was unloaded.
     Cold,
-    /// It is being located, elected or loaded.
+    /// It is being located, elected or loaded, or waits for room.
     Loading,
     /// It serves.
     Ready(Arc<ServedModel>),
+    /// It answers what it was asked, and will be cold then.
+    Unloading,
     /// It failed.
     Failed {
         /// Failures in a row.
@@ -55,6 +65,7 @@ impl SlotState {
             Self::Cold => "cold",
             Self::Loading => "loading",
             Self::Ready(_) => "ready",
+            Self::Unloading => "unloading",
             Self::Failed { .. } => "failed",
             Self::Stopped => "stopped",
         }
@@ -64,59 +75,101 @@ impl SlotState {
 /// What is asked of a slot's owner.
 enum Wish {
     /// The model, once it is ready. `gone` is a model that the requester found to be over.
-    Model { gone: Option<Arc<ServedModel>>, reply: oneshot::Sender<Result<Arc<ServedModel>, SlotError>> },
+    Model { gone: Option<Arc<ServedModel>>, reply: oneshot::Sender<Result<Lease, SlotError>> },
     /// Finish what runs within `grace`, then stop.
     Drain { grace: Duration, done: oneshot::Sender<()> },
+}
+
+/// A model to be served, and how it is kept.
+#[derive(Clone, Debug)]
+pub struct SlotPlan {
+    /// How it is started.
+    pub starter: Starter,
+    /// The name it is served under, if not its own.
+    pub name: Option<String>,
+    /// Its own name, where that is known before it is located.
+    pub own_name: Option<String>,
+    /// Whether it stays in memory whatever comes.
+    pub pinned: bool,
+    /// Memory it shall have, in bytes, if not what it needs for itself.
+    pub share_bytes: Option<u64>,
+    /// Whether it is loaded before anybody asks. The caller does so; here it decides when the server is ready.
+    pub at_start: bool,
+}
+
+impl From<Starter> for SlotPlan {
+    /// The only model: loaded at the start, and nothing that would make it leave.
+    fn from(starter: Starter) -> Self {
+        Self { starter, name: None, own_name: None, pinned: false, share_bytes: None, at_start: true }
+    }
+}
+
+/// How long and how much of models is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keeping {
+    /// What models may hold together on a device, in bytes; what it has, less a margin, if absent.
+    pub memory_bytes: Option<u64>,
+    /// How long a model that nobody uses stays; for ever if absent.
+    pub idle_ttl: Option<Duration>,
 }
 
 /// One model, however far along.
 #[derive(Debug)]
 pub struct Slot {
-    /// The name it was asked for at the start.
-    reference: String,
-    /// The model's own name, once it was located.
-    name: Arc<OnceLock<String>>,
+    index: usize,
+    identity: Arc<Identity>,
+    memory: Arc<Memory>,
     state: watch::Receiver<SlotState>,
     wishes: mpsc::Sender<Wish>,
     owner: JoinHandle<()>,
 }
 
 impl Slot {
-    fn spawn(mut starter: Starter) -> Self {
-        let name = Arc::new(OnceLock::new());
-        let (named, observer) = (name.clone(), starter.observer);
-        starter.observer = Arc::new(move |step| {
-            if let StartStep::Located(profile) = step {
-                named.set(profile.name.clone()).ok();
-            }
-            observer(step);
-        });
-        let (state_tx, state) = watch::channel(SlotState::Cold);
-        let (wishes, inbox) = mpsc::channel(WAITING_MAX);
-        let reference = starter.reference.clone();
-        let owner = tokio::spawn(owner::own(starter, state_tx, inbox));
-        Self { reference, name, state, wishes, owner }
-    }
-
     /// The state at this moment.
     pub fn state(&self) -> SlotState {
         self.state.borrow().clone()
     }
 
-    /// The name it is served under: the model's own, once that is known.
+    /// The name it is served under: the one it was given, or else the model's own, once that is known.
     pub fn name(&self) -> String {
-        self.name.get().unwrap_or(&self.reference).clone()
+        self.identity.shown()
     }
 
-    fn answers_to(&self, name: &str) -> bool {
-        self.reference == name || self.name.get().is_some_and(|own| own == name)
+    /// Whether it stays in memory whatever comes.
+    pub fn pinned(&self) -> bool {
+        self.identity.pinned
     }
 
-    /// The model. Joins or starts a load where it is not ready.
-    pub async fn model(&self, gone: Option<Arc<ServedModel>>) -> Result<Arc<ServedModel>, SlotError> {
+    /// Whether it is loaded before anybody asks.
+    pub fn at_start(&self) -> bool {
+        self.identity.at_start
+    }
+
+    /// Memory that is set aside for it, in bytes.
+    pub fn reserved_bytes(&self) -> u64 {
+        self.memory.reserved_bytes(self.index)
+    }
+
+    /// True unless it should be loaded and is not: a model that was ready and was unloaded will be back when it is asked for.
+    fn available(&self) -> bool {
+        match &*self.state.borrow() {
+            SlotState::Ready(_) => true,
+            SlotState::Cold | SlotState::Loading | SlotState::Unloading => {
+                !self.identity.at_start || self.identity.served()
+            }
+            SlotState::Failed { .. } => !self.identity.at_start,
+            SlotState::Stopped => false,
+        }
+    }
+
+    /// The model. Joins or starts a load where it is not ready. `gone` is a model that the caller found to be over.
+    pub async fn model(&self, gone: Option<Arc<ServedModel>>) -> Result<Lease, SlotError> {
         match &*self.state.borrow() {
             SlotState::Ready(model) if gone.as_ref().is_none_or(|gone| !Arc::ptr_eq(gone, model)) => {
-                return Ok(model.clone());
+                // None is left where the owner has just closed it, and will say so in a moment.
+                if let Some(lease) = Lease::of(model) {
+                    return Ok(lease);
+                }
             }
             SlotState::Stopped => return Err(SlotError::Stopped),
             _ => {}
@@ -141,9 +194,47 @@ impl Drop for Slot {
 pub struct Slots(Arc<Vec<Slot>>);
 
 impl Slots {
-    /// A slot for each model. Has to be called within a tokio runtime, which runs the owners.
-    pub fn spawn(starters: Vec<Starter>) -> Self {
-        Self(Arc::new(starters.into_iter().map(Slot::spawn).collect()))
+    /// A slot for each model, the default one first. Has to be called within a tokio runtime, which runs the owners.
+    pub fn spawn(plans: Vec<SlotPlan>, keeping: Keeping) -> Self {
+        let taken = identity::Taken::default();
+        let mut peers = Vec::new();
+        let mut charges = Vec::new();
+        for plan in plans {
+            let identity = Arc::new(Identity::new(&plan, taken.clone()));
+            let SlotPlan { starter, own_name, .. } = plan;
+            let (sender, state) = watch::channel(SlotState::Cold);
+            let (unload, wanted) = watch::channel(false);
+            peers.push(Peer { identity: identity.clone(), state, unload });
+            charges.push((identity, own_name, starter, sender, wanted));
+        }
+        // Not before all the names are known that users chose.
+        for (identity, own_name, ..) in &charges {
+            own_name.iter().for_each(|name| identity.located(name));
+        }
+        let memory = Arc::new(Memory::new(keeping.memory_bytes, peers));
+        let slots = charges.into_iter().enumerate().map(|(index, (identity, _, mut starter, state, unload))| {
+            let (located, observer) = (identity.clone(), starter.observer);
+            starter.observer = Arc::new(move |step| {
+                if let StartStep::Located(profile) = step {
+                    located.located(&profile.name);
+                }
+                observer(step);
+            });
+            let (wishes, inbox) = mpsc::channel(WAITING_MAX);
+            let snapshot = state.subscribe();
+            let charge = Charge {
+                index,
+                identity: identity.clone(),
+                starter,
+                memory: memory.clone(),
+                idle_ttl: keeping.idle_ttl,
+                state,
+                unload,
+            };
+            let owner = tokio::spawn(owner::own(charge, inbox));
+            Slot { index, identity, memory: memory.clone(), state: snapshot, wishes, owner }
+        });
+        Self(Arc::new(slots.collect()))
     }
 
     /// The slots.
@@ -153,20 +244,26 @@ impl Slots {
 
     /// The slot of that name.
     pub fn get(&self, name: &str) -> Result<&Slot, SlotError> {
-        if let Some(slot) = self.iter().find(|slot| slot.answers_to(name)) {
+        if let Some(slot) = self.iter().find(|slot| slot.identity.answers_to(name)) {
             return Ok(slot);
         }
         let name = name.chars().take(200).collect();
-        let nameless = |slot: &&Slot| slot.name.get().is_none() && matches!(&*slot.state.borrow(), SlotState::Loading);
+        let nameless =
+            |slot: &&Slot| !slot.identity.is_located() && matches!(&*slot.state.borrow(), SlotState::Loading);
         Err(match self.iter().find(nameless) {
-            Some(slot) => SlotError::NotYetKnown { name, loading: slot.reference.clone() },
+            Some(slot) => SlotError::NotYetKnown { name, loading: slot.identity.reference.clone() },
             None => SlotError::Unknown { name, served: self.iter().map(Slot::name).collect() },
         })
     }
 
-    /// Whether every slot is ready.
+    /// Whether every model that is to be loaded at the start was, and none of them has failed since.
     pub fn ready(&self) -> bool {
-        self.iter().all(|slot| matches!(&*slot.state.borrow(), SlotState::Ready(_)))
+        self.iter().all(Slot::available)
+    }
+
+    /// Memory for models, and what is set aside of it.
+    pub fn memory(&self) -> Vec<PoolUse> {
+        self.0.first().map(|slot| slot.memory.pools()).unwrap_or_default()
     }
 
     /// Finishes what runs within `grace`, then stops every engine.

@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
-use mesh_core::{Elected, ElectionRequest, LoadPlan, ModelProfile, ProgressSink};
+use mesh_core::{Device, Elected, ElectionRequest, Fact, LoadPlan, ModelFamily, ModelProfile, ProgressSink, Source};
 use mesh_models::{FetchError, Store, Want, probe};
 
 use super::StartError;
@@ -100,14 +100,23 @@ impl Starter {
         ElectionRequest { model: self.reference.clone(), forced: self.forced.clone(), opt_in: self.opt_in }
     }
 
-    /// Gets the model ready. Dropping the future abandons the start.
+    /// Gets the model ready, however much room it takes. Dropping the future abandons the start.
     pub async fn start(&self) -> Result<Arc<ServedModel>, StartError> {
+        let candidate = self.elect(|device| device.memory_bytes).await?;
+        self.load(candidate, None).await
+    }
+
+    /// Finds the model, and who serves it. `memory_bytes` is what a device has for models, as backends shall see it.
+    pub async fn elect(
+        &self,
+        memory_bytes: impl Fn(&Device) -> Option<u64> + Send + 'static,
+    ) -> Result<Candidate, StartError> {
         (self.observer)(&StartStep::Locating { reference: self.reference.clone() });
         let profile = Arc::new(self.locate.locate(&self.progress).await?);
         (self.observer)(&StartStep::Located(profile.clone()));
 
-        let (electorate, judged) = (self.electorate.clone(), profile.clone());
-        let votes = tokio::task::spawn_blocking(move || electorate.votes(&judged))
+        let (electorate, judged) = (self.electorate.clone(), self.judged(&profile));
+        let votes = tokio::task::spawn_blocking(move || electorate.votes(&judged, memory_bytes))
             .await
             .map_err(|_| StartError::Panicked { what: "asking the backends" })?;
         let elected = votes.elect(&self.election_request())?;
@@ -119,6 +128,25 @@ impl Starter {
 
         let family = self.electorate.family(&profile);
         let voice = Voice::of(&profile, family)?;
+        Ok(Candidate { profile, family, voice, elected })
+    }
+
+    /// The model as backends shall judge it: with the context it will have, so that their arithmetic is about that.
+    fn judged(&self, profile: &Arc<ModelProfile>) -> Arc<ModelProfile> {
+        let own = profile.context_tokens_max.as_ref();
+        match (self.context_tokens, own) {
+            (Some(asked), Some(own)) if asked < own.value => {
+                let context_tokens_max = Some(Fact::new(asked, Source::file("as asked for")));
+                Arc::new(ModelProfile { context_tokens_max, ..ModelProfile::clone(profile) })
+            }
+            _ => profile.clone(),
+        }
+    }
+
+    /// Loads it. The engine may hold `memory_bytes`, or all its device has.
+    pub async fn load(&self, candidate: Candidate, memory_bytes: Option<u64>) -> Result<Arc<ServedModel>, StartError> {
+        let Candidate { profile, family, voice, elected } = candidate;
+        let id = elected.backend.id;
         let backend =
             self.electorate.backend(id).ok_or(StartError::Panicked { what: "finding the elected backend" })?;
         let plan = LoadPlan {
@@ -126,6 +154,7 @@ impl Starter {
             family,
             offer: elected.offer,
             context_tokens: self.context_tokens,
+            memory_bytes,
             settings: self.electorate.settings(id),
         };
         let handle = backend.load(plan, self.progress.clone()).await?;
@@ -134,4 +163,14 @@ impl Starter {
             .map_err(|_| StartError::Panicked { what: "reading the tokenizer" })??;
         Ok(Arc::new(model))
     }
+}
+
+/// A model that was found, and who will serve it.
+pub struct Candidate {
+    /// What is known about it.
+    pub profile: Arc<ModelProfile>,
+    /// Who serves it, and how.
+    pub elected: Elected,
+    family: Option<&'static dyn ModelFamily>,
+    voice: Voice,
 }

@@ -266,7 +266,7 @@ async fn answers_do_not_depend_on_cuts() {
     const TEXT: &str = "<think>né 漢</think>Sí.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": \"🦀\"}}\n</tool_call>\
                         after END rest";
     let server = Server::start(Form::Text, vec![]).await;
-    let model = server.slots.get("fake").unwrap().model(None).await.unwrap();
+    let slot = server.slots.get("fake").unwrap();
     let ask = Ask {
         id: "cut".into(),
         subject: Subject::Chat(Chat {
@@ -290,7 +290,9 @@ async fn answers_do_not_depend_on_cuts() {
             script.push(STOP);
             *server.fake.script.lock().unwrap() = script;
             let (answer, finished) =
-                pipeline::collect(pipeline::open(&model, ask.clone()).await.unwrap()).await.unwrap();
+                pipeline::collect(pipeline::open(slot.model(None).await.unwrap(), ask.clone()).await.unwrap())
+                    .await
+                    .unwrap();
             seen.insert(format!("{answer:?} {:?}", finished.finish));
         }
     }

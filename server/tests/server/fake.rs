@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, LazyLock, Mutex,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -15,13 +15,13 @@ use futures::{StreamExt, stream};
 use mesh_core::*;
 use mesh_llm::{
     listen,
-    slots::{Locate, Slots, StartError, Starter},
+    slots::{Keeping, Locate, Slots, StartError, Starter},
     voting::Electorate,
 };
 use serde_json::{Value, json};
 use tokio::{
     net::TcpListener,
-    sync::{Notify, oneshot, watch},
+    sync::{Notify, Semaphore, oneshot, watch},
     task::JoinHandle,
 };
 
@@ -40,6 +40,8 @@ pub enum Step {
     Queued(u32),
     /// Waits a moment.
     Pause,
+    /// Waits until the test lets it go on.
+    Wait,
     /// Waits for ever.
     Hang,
     /// Ends with this reason.
@@ -68,6 +70,16 @@ pub struct Fake {
     pub dropped: AtomicU32,
     /// Events that were taken.
     pub taken: AtomicU32,
+    /// Bytes it says that it needs; 0 says nothing.
+    pub memory_bytes: AtomicU64,
+    /// Bytes its device says that it has; 0 says nothing.
+    pub device_bytes: AtomicU64,
+    /// Steps that wait take one each.
+    pub steps: Semaphore,
+    /// Drains so far.
+    pub drains: AtomicU32,
+    /// The context it was judged with, and the share of memory it was loaded with, each time.
+    pub terms: Mutex<Vec<(u32, Option<u64>)>>,
     state: watch::Sender<EngineState>,
     capabilities: Capabilities,
 }
@@ -75,8 +87,8 @@ pub struct Fake {
 static INFO: BackendInfo =
     BackendInfo { id: "fake", title: "plays a script", formats: &[WeightFormat::Safetensors], opt_in: None };
 
-fn device() -> Device {
-    Device { kind: DeviceKind::Cpu, name: "a test".into(), memory_bytes: None }
+fn some(bytes: &AtomicU64) -> Option<u64> {
+    Some(bytes.load(Ordering::SeqCst)).filter(|bytes| *bytes > 0)
 }
 
 struct FakeBackend(Arc<Fake>);
@@ -88,22 +100,26 @@ impl InferenceBackend for FakeBackend {
     }
 
     fn host(&self, _: &Value) -> Host {
-        Host { device: Ok(device()), notes: vec![] }
+        let memory_bytes = some(&self.0.device_bytes);
+        Host { device: Ok(Device { kind: DeviceKind::Cpu, name: "a test".into(), memory_bytes }), notes: vec![] }
     }
 
-    fn judge(&self, _: &ModelProfile, _: Option<&dyn ModelFamily>, _: &Host) -> Verdict {
+    fn judge(&self, profile: &ModelProfile, _: Option<&dyn ModelFamily>, host: &Host) -> Verdict {
+        let context_tokens_max = profile.context_tokens_max.as_ref().map_or(4096, |fact| fact.value);
         Verdict::Serve(Offer {
-            capabilities: self.0.capabilities.clone(),
-            device: device(),
-            memory_bytes: None,
+            capabilities: Capabilities { context_tokens_max, ..self.0.capabilities.clone() },
+            device: host.device.clone().unwrap(),
+            memory_bytes: some(&self.0.memory_bytes),
             score: 1,
             reasons: vec![Reason::new("it is a test")],
         })
     }
 
-    async fn load(&self, _: LoadPlan, _: ProgressSink) -> Result<EngineHandle, LoadError> {
+    async fn load(&self, plan: LoadPlan, _: ProgressSink) -> Result<EngineHandle, LoadError> {
         let fake = &self.0;
         fake.loads.fetch_add(1, Ordering::SeqCst);
+        let terms = (plan.offer.capabilities.context_tokens_max, plan.memory_bytes);
+        fake.terms.lock().unwrap().push(terms);
         if fake.hold_loads.load(Ordering::SeqCst) {
             fake.go_on.notified().await;
         }
@@ -112,7 +128,7 @@ impl InferenceBackend for FakeBackend {
             return Err(LoadError::Exited { what: "exit status 1; last lines: out of luck".into() });
         }
         fake.state.send_replace(EngineState::Ready);
-        Ok(EngineHandle::new(&INFO, device(), Arc::new(FakeEngine(fake.clone()))))
+        Ok(EngineHandle::new(&INFO, plan.offer.device, Arc::new(FakeEngine(fake.clone()))))
     }
 }
 
@@ -144,8 +160,10 @@ impl Engine for FakeEngine {
 
     async fn submit(&self, job: Job) -> Result<EventStream, SubmitError> {
         let fake = self.0.clone();
-        if let EngineState::Failed(why) = &*fake.state.borrow() {
-            return Err(SubmitError::Gone { why: why.clone() });
+        match &*fake.state.borrow() {
+            EngineState::Failed(why) => return Err(SubmitError::Gone { why: why.clone() }),
+            EngineState::Ready => {}
+            other => return Err(SubmitError::Gone { why: format!("it is {other:?}").into() }),
         }
         if fake.busy.load(Ordering::SeqCst) {
             return Err(SubmitError::Busy { running: 3, retry_after: Duration::from_millis(1500) });
@@ -175,6 +193,10 @@ impl Engine for FakeEngine {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                     Ok(Event::Prefill { done: 0, total: 7, cached: 0 })
                 }
+                Step::Wait => {
+                    witness.fake.steps.acquire().await.unwrap().forget();
+                    Ok(Event::Prefill { done: 0, total: 7, cached: 0 })
+                }
                 Step::Hang => std::future::pending().await,
                 Step::Reading(done, total) => Ok(Event::Prefill { done, total, cached: 0 }),
                 Step::Queued(ahead) => Ok(Event::Queued { ahead }),
@@ -200,6 +222,7 @@ impl Engine for FakeEngine {
     }
 
     async fn drain(&self, _: Duration) {
+        self.0.drains.fetch_add(1, Ordering::SeqCst);
         self.0.state.send_replace(EngineState::Stopped);
     }
 }
@@ -229,12 +252,15 @@ impl ModelFamily for FakeFamily {
     }
 }
 
-struct FixedLocate(ModelProfile);
+struct FixedLocate(ModelProfile, Arc<Fake>);
 
 #[async_trait]
 impl Locate for FixedLocate {
     async fn locate(&self, _: &ProgressSink) -> Result<ModelProfile, StartError> {
-        Ok(self.0.clone())
+        let mut profile = self.0.clone();
+        // All of what it needs is weights.
+        profile.weight_bytes.value = some(&self.1.memory_bytes).unwrap_or(1);
+        Ok(profile)
     }
 }
 
@@ -242,10 +268,11 @@ const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% e
                         {% if tools %}[{{ tools | length }} tools]{% endif %}\
                         {% if enable_thinking is defined %}[thinking={{ enable_thinking }}]{% endif %}<assistant>";
 
-fn profile(tokenizer: Option<PathBuf>, family: bool) -> ModelProfile {
+fn profile(name: String, tokenizer: Option<PathBuf>, family: bool) -> ModelProfile {
     let source = || Source::file("config.json");
     let format = Fact::new(WeightFormat::Safetensors, source());
     ModelProfile {
+        context_tokens_max: Some(Fact::new(4096, source())),
         model_type: family.then(|| Fact::new("fake".into(), source())),
         vocab_size: tokenizer.is_some().then(|| Fact::new(256, source())),
         tokenizer: tokenizer.map(|path| Fact::new(path, source())),
@@ -253,7 +280,7 @@ fn profile(tokenizer: Option<PathBuf>, family: bool) -> ModelProfile {
             ChatTemplate { default: TEMPLATE.into(), named: BTreeMap::new() },
             Source::file("chat_template.jinja"),
         )),
-        ..ModelProfile::of_files("org/fake-model".into(), "fake".into(), vec![], format, 1)
+        ..ModelProfile::of_files(name, "fake".into(), vec![], format, 1)
     }
 }
 
@@ -298,17 +325,13 @@ pub enum Form {
     Stranger,
 }
 
-impl Server {
-    pub async fn start(form: Form, script: Vec<Step>) -> Self {
-        Self::start_with(form, script, |_| {}).await
-    }
-
-    pub async fn start_with(form: Form, script: Vec<Step>, set: impl FnOnce(&Fake)) -> Self {
+impl Fake {
+    pub fn new(form: Form, script: Vec<Step>) -> Arc<Self> {
         let (prompt, output) = match form {
             Form::Tokens => (PromptForm::Tokens, OutputForm::Tokens),
             Form::Text | Form::Stranger => (PromptForm::Text, OutputForm::Text),
         };
-        let fake = Arc::new(Fake {
+        Arc::new(Self {
             script: Mutex::new(script),
             jobs: Mutex::default(),
             busy: AtomicBool::default(),
@@ -318,6 +341,11 @@ impl Server {
             go_on: Notify::new(),
             dropped: AtomicU32::default(),
             taken: AtomicU32::default(),
+            memory_bytes: AtomicU64::default(),
+            device_bytes: AtomicU64::default(),
+            steps: Semaphore::new(0),
+            drains: AtomicU32::default(),
+            terms: Mutex::default(),
             state: watch::channel(EngineState::Starting).0,
             capabilities: Capabilities {
                 prompt,
@@ -329,21 +357,41 @@ impl Server {
                 prefix_reuse: true,
                 vision: false,
             },
-        });
-        set(&fake);
-        let backend: &'static dyn InferenceBackend = Box::leak(Box::new(FakeBackend(fake.clone())));
+        })
+    }
+
+    /// The start of a model called `org/NAME-model`.
+    pub fn starter(self: &Arc<Self>, name: &str, form: Form) -> Starter {
+        let backend: &'static dyn InferenceBackend = Box::leak(Box::new(FakeBackend(self.clone())));
         let tokenizer = (form == Form::Tokens).then(|| BYTES_TOKENIZER.path().to_owned());
-        let starter = Starter {
-            reference: "fake".into(),
-            locate: Arc::new(FixedLocate(profile(tokenizer, form != Form::Stranger))),
+        let profile = profile(format!("org/{name}-model"), tokenizer, form != Form::Stranger);
+        Starter {
+            reference: name.into(),
+            locate: Arc::new(FixedLocate(profile, self.clone())),
             electorate: Arc::new(Electorate::of(vec![backend], vec![&FakeFamily], BTreeMap::new())),
             forced: None,
             opt_in: false,
             context_tokens: None,
             progress: ProgressSink::silent(),
             observer: Arc::new(|_| {}),
-        };
-        let slots = Slots::spawn(vec![starter]);
+        }
+    }
+}
+
+impl Server {
+    pub async fn start(form: Form, script: Vec<Step>) -> Self {
+        Self::start_with(form, script, |_| {}).await
+    }
+
+    pub async fn start_with(form: Form, script: Vec<Step>, set: impl FnOnce(&Fake)) -> Self {
+        let fake = Fake::new(form, script);
+        set(&fake);
+        let slots = Slots::spawn(vec![fake.starter("fake", form).into()], Keeping::default());
+        Self::serve(fake, slots).await
+    }
+
+    /// A server for these slots, on a port of its own.
+    pub async fn serve(fake: Arc<Fake>, slots: Slots) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = oneshot::channel::<()>();

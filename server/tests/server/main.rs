@@ -5,5 +5,6 @@ mod bounds;
 mod fake;
 mod lifecycle;
 mod refusals;
+mod several;
 
 use mesh_dialects as _;

@@ -1,11 +1,17 @@
 //! `mesh-llm chat`: a conversation in the terminal.
 
-use std::{fs, io::Write, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs,
+    io::Write,
+    path::PathBuf,
+    sync::{Arc, Once},
+    time::Duration,
+};
 
 use console::style;
 use futures::StreamExt;
 use mesh_core::chat::Message;
-use mesh_llm::slots::{Slots, StartStep};
+use mesh_llm::slots::{Keeping, Slots, StartStep};
 use rustyline::{DefaultEditor, error::ReadlineError};
 
 use super::{
@@ -48,14 +54,14 @@ async fn here(args: &ChatArgs, output: &Output) -> Result<Partner, Failure> {
     let setting = Setting::new(&args.environment)?;
     let plan = setting.plan(&args.model)?;
     let failed: Arc<std::sync::Mutex<Option<Failure>>> = Arc::default();
-    let (said, noted) = (serve::observer(output.clone()), failed.clone());
+    let (said, noted) = (serve::observer(output.clone(), Arc::new(Once::new())), failed.clone());
     let observer = Arc::new(move |step: &StartStep| {
         said(step);
         if let (StartStep::Failed(error), Ok(mut noted)) = (step, noted.lock()) {
             *noted = Some(Failure::from(&**error));
         }
     });
-    let slots = Slots::spawn(vec![setting.starter(&plan, output.progress(), observer)]);
+    let slots = Slots::spawn(vec![setting.starter(&plan, output.progress(), observer).into()], Keeping::default());
     let loaded = tokio::select! {
         loaded = async { slots.get(&plan.reference)?.model(None).await } => loaded,
         () = serve::interrupted() => {

@@ -1,14 +1,12 @@
 //! Who answers in `mesh-llm chat`: a model in this process, or a server.
 
-use std::sync::Arc;
-
 use eventsource_stream::Eventsource;
 use futures::{Stream, StreamExt, future, stream::BoxStream};
 use mesh_core::{Hint, Sampling, chat::Message};
 use mesh_llm::{
+    lease::Lease,
     openai::response::{ChatChunk, ErrorBody},
     pipeline::{self, Ask, Chat, Part, Subject},
-    served::ServedModel,
     slots::{Slot, Slots},
 };
 use mesh_text::Delta;
@@ -82,7 +80,7 @@ impl Partner {
             Self::Here { slots } => {
                 let slot = slots.iter().next().ok_or_else(|| Failure::new(Exit::Failure, "no model is loaded"))?;
                 let model = slot.model(None).await.map_err(|error| hinted(&error))?;
-                here(&model, messages, manner).await
+                here(model, messages, manner).await
             }
             Self::There { client, url, model } => there(client, url, model, messages, manner).await,
         }
@@ -98,7 +96,7 @@ fn hinted(error: &(impl std::fmt::Display + Hint)) -> Failure {
 }
 
 async fn here(
-    model: &Arc<ServedModel>,
+    model: Lease,
     messages: &[Message],
     manner: Manner,
 ) -> Result<BoxStream<'static, Result<Piece, Failure>>, Failure> {

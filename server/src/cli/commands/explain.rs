@@ -22,7 +22,7 @@ pub async fn run(args: ExplainArgs, output: &Output) -> Result<(), Failure> {
     let profile = starter.locate.locate(&starter.progress).await.map_err(|error| Failure::from(&error))?;
     let electorate = setting.electorate.clone();
     let (profile, votes) = tokio::task::spawn_blocking(move || {
-        let votes = electorate.votes(&profile);
+        let votes = electorate.votes(&profile, |device| device.memory_bytes);
         (profile, votes)
     })
     .await

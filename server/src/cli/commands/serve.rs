@@ -1,10 +1,19 @@
 //! `mesh-llm serve`.
 
-use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io::ErrorKind,
+    net::SocketAddr,
+    sync::{
+        Arc, Once,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use mesh_core::Hint;
 use mesh_llm::{
     listen,
-    slots::{Observer, Slots, StartStep},
+    slots::{Observer, Slot, SlotPlan, SlotState, Slots, StartStep},
 };
 use tokio::{net::TcpListener, sync::mpsc};
 
@@ -12,7 +21,7 @@ use crate::cli::{
     args::ServeArgs,
     failure::{Exit, Failure},
     output::{Output, bytes},
-    plan::Setting,
+    plan::{KeptPlan, Setting},
 };
 
 /// How long running requests may take once the server is told to stop.
@@ -20,35 +29,60 @@ const GRACE: Duration = Duration::from_secs(30);
 
 pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::limited(&args.environment, &args.limits)?;
-    let plan = setting.plan(&args.model)?;
+    let kept = setting.kept(&args.model)?;
     let wanted = setting.address(args.host, args.port);
     // Bound before anything is loaded: a model takes its time, an address does not.
     let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
     let address = listener.local_addr().unwrap_or(wanted);
 
     let (steps, mut outcomes) = mpsc::unbounded_channel();
-    let said = observer(output.clone());
-    let observer: Observer = Arc::new(move |step| {
-        said(step);
-        // Two kinds of steps end a start; the channel holds as many as there were starts.
-        if matches!(step, StartStep::Ready(_) | StartStep::Failed(_)) {
-            steps.send(step.clone()).ok();
+    let notice = Arc::new(Once::new());
+    let mut plans = Vec::new();
+    for (index, KeptPlan { plan, name, pinned, share_bytes }) in kept.into_iter().enumerate() {
+        let at_start = index == 0 || pinned;
+        let own_name = if at_start { None } else { setting.local_name(&plan).await };
+        let (said, steps) = (observer(output.clone(), notice.clone()), steps.clone());
+        let observer: Observer = Arc::new(move |step| {
+            said(step);
+            // Two kinds of steps end a start; the channel holds as many as there were starts.
+            if matches!(step, StartStep::Ready(_) | StartStep::Failed(_)) {
+                steps.send((index, step.clone())).ok();
+            }
+        });
+        let starter = setting.starter(&plan, output.progress(), observer);
+        plans.push(SlotPlan { starter, name, own_name, pinned, share_bytes, at_start });
+    }
+    let slots = Slots::spawn(plans, setting.keeping(args.memory, args.idle_ttl));
+    let first = slots.clone();
+    let load = tokio::spawn(async move {
+        for slot in first.iter().filter(|slot| slot.at_start()) {
+            // Said by the observer, whatever comes of it.
+            slot.model(None).await.ok();
         }
     });
-    let slots = Slots::spawn(vec![setting.starter(&plan, output.progress(), observer)]);
-    let first = slots.clone();
-    let reference = plan.reference.clone();
-    let load = tokio::spawn(async move { first.get(&reference)?.model(None).await });
 
     let failed = async {
-        match outcomes.recv().await {
-            Some(StartStep::Failed(error)) => return Failure::from(&*error),
-            Some(StartStep::Ready(model)) => announce(output, address, &model.profile.name),
-            _ => {}
+        let mut starting: Vec<usize> =
+            slots.iter().enumerate().filter(|(_, slot)| slot.at_start()).map(|(index, _)| index).collect();
+        let mut failures = Vec::new();
+        while !starting.is_empty() {
+            let Some((index, step)) = outcomes.recv().await else { break };
+            starting.retain(|other| *other != index);
+            if let StartStep::Failed(error) = &step {
+                failures.push(Failure::from(&**error));
+                // The only one ends the program, which says why.
+                if slots.iter().count() > 1 {
+                    log(&slots, index, &step);
+                }
+            }
         }
+        if failures.len() >= slots.iter().count() {
+            return failures.swap_remove(0);
+        }
+        announce(output, address, &slots);
         // From here on a failure is the next request's to repair.
-        while let Some(step) = outcomes.recv().await {
-            log(&step);
+        while let Some((index, step)) = outcomes.recv().await {
+            log(&slots, index, &step);
         }
         std::future::pending().await
     };
@@ -105,10 +139,13 @@ fn in_words(address: SocketAddr, error: &std::io::Error) -> Failure {
     }
 }
 
-/// Says what a start does, in order. The notice of a backend is printed once, however often it starts.
-pub(super) fn observer(output: Output) -> Observer {
-    let noticed = std::sync::Once::new();
+/// Says what a model's first start does, in order. The notice of a backend is printed once for all models.
+pub(super) fn observer(output: Output, notice: Arc<Once>) -> Observer {
+    let served = AtomicBool::new(false);
     Arc::new(move |step| match step {
+        StartStep::Ready(_) => served.store(true, Ordering::Relaxed),
+        // What is loaded again after it made room, or broke, is told by the log.
+        _ if served.load(Ordering::Relaxed) => {}
         StartStep::Locating { reference } => output.step("model", reference),
         StartStep::Located(profile) => {
             let weights = bytes(profile.weight_bytes.value);
@@ -120,36 +157,45 @@ pub(super) fn observer(output: Output) -> Observer {
             let device = &elected.offer.device;
             let text = format!("{} on {} ({}){reason}", elected.backend.id, device.name, device.kind);
             output.step("backend", text);
-            if let Some(notice) = elected.notice {
-                noticed.call_once(|| output.notice(notice));
+            if let Some(text) = elected.notice {
+                notice.call_once(|| output.notice(text));
             }
         }
-        StartStep::Ready(_) | StartStep::Failed(_) => {}
+        StartStep::Failed(_) => {}
     })
 }
 
-/// What the log says of a start after the first.
-fn log(step: &StartStep) {
+/// What the log says of a start after the first ones.
+fn log(slots: &Slots, index: usize, step: &StartStep) {
+    let model = slots.iter().nth(index).map(Slot::name).unwrap_or_default();
     match step {
-        StartStep::Ready(model) => tracing::info!(
-            model = %model.profile.name,
-            backend = model.handle.backend.id,
-            context_tokens = model.handle.capabilities().context_tokens_max,
-            "ready again"
+        StartStep::Ready(served) => tracing::info!(
+            model,
+            backend = served.handle.backend.id,
+            context_tokens = served.handle.capabilities().context_tokens_max,
+            "ready"
         ),
-        StartStep::Failed(error) => tracing::error!(%error, "the model failed; the next request starts it again"),
+        StartStep::Failed(error) => {
+            tracing::error!(model, %error, hint = error.hint(), "the model failed; the next request starts it again");
+        }
         StartStep::Locating { .. } | StartStep::Located(_) | StartStep::Elected(_) => {}
     }
 }
 
-fn announce(output: &Output, address: SocketAddr, model: &str) {
+fn announce(output: &Output, address: SocketAddr, slots: &Slots) {
     output.line(format_args!("listening on http://{address}"));
+    let ready = |slot: &&Slot| matches!(slot.state(), SlotState::Ready(_));
+    let model = slots.iter().find(ready).or(slots.iter().next()).map(Slot::name);
     let body = serde_json::json!({ "model": model, "messages": [{ "role": "user", "content": "Hello" }] });
     let body = body.to_string().replace('\'', r"'\''");
     output.line(format_args!(
         "try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
         reachable(address)
     ));
+    let later: Vec<_> = slots.iter().filter(|slot| !slot.at_start()).map(Slot::name).collect();
+    if !later.is_empty() {
+        output.line(format_args!("loaded when asked for: {}", later.join(", ")));
+    }
 }
 
 /// The address under which this machine reaches a server that listens on all of its addresses.

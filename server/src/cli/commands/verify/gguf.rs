@@ -147,7 +147,7 @@ fn plan(
     };
     let own = profile.context_tokens_max.as_ref().map_or(CONTEXT_TOKENS, |own| own.value);
     let context_tokens = Some(own.min(CONTEXT_TOKENS));
-    Ok(LoadPlan { profile: profile.into(), family, offer, context_tokens, settings })
+    Ok(LoadPlan { profile: profile.into(), family, offer, context_tokens, memory_bytes: None, settings })
 }
 
 fn load_failure(error: mesh_core::LoadError) -> Failure {
