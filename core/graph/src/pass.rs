@@ -26,8 +26,8 @@ pub struct Pass {
     masks: RefCell<HashMap<(Option<i32>, i32), Array>>,
     /// Each row's position of the first column, `[batch]`; only where rows are padded.
     starts: Option<Array>,
-    /// The column of the first token as an array, made on first use.
-    column: RefCell<Option<Array>>,
+    /// The same for rows without padding, made on first use.
+    row_positions: RefCell<Option<Array>>,
 }
 
 impl Pass {
@@ -41,7 +41,7 @@ impl Pass {
         });
         let length = |row: i32| offset + time - padding.as_ref().map_or(0, |padding| padding[row as usize]);
         let horizons = (0..batch).map(|row| horizon.max(length(row))).collect();
-        Self { batch, time, offset, horizons, padding, masks: RefCell::default(), starts, column: RefCell::default() }
+        Self { batch, time, offset, horizons, padding, masks: RefCell::default(), starts, row_positions: RefCell::default() }
     }
 
     /// Rows.
@@ -75,9 +75,10 @@ impl Pass {
         self.starts.as_ref()
     }
 
-    /// [`offset`](Self::offset) as one i32.
-    pub(crate) fn column(&self) -> Array {
-        self.column.borrow_mut().get_or_insert_with(|| Array::from_slice(&[self.offset], &[1])).clone()
+    /// The position of each row's first token, `[batch]`, also where it is the same for all.
+    pub(crate) fn row_positions(&self) -> Array {
+        let alike = || Array::from_slice(&vec![self.offset; self.batch as usize], &[self.batch]);
+        self.starts.clone().unwrap_or_else(|| self.row_positions.borrow_mut().get_or_insert_with(alike).clone())
     }
 
     /// Positions in f32, `[batch or 1, 1, time, 1]`.
