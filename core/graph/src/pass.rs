@@ -41,7 +41,16 @@ impl Pass {
         });
         let length = |row: i32| offset + time - padding.as_ref().map_or(0, |padding| padding[row as usize]);
         let horizons = (0..batch).map(|row| horizon.max(length(row))).collect();
-        Self { batch, time, offset, horizons, padding, masks: RefCell::default(), starts, row_positions: RefCell::default() }
+        Self {
+            batch,
+            time,
+            offset,
+            horizons,
+            padding,
+            masks: RefCell::default(),
+            starts,
+            row_positions: RefCell::default(),
+        }
     }
 
     /// Rows.

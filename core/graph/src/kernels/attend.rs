@@ -63,7 +63,8 @@ impl RowsAttention {
             contiguous: false,
         };
         let (whole, part) = (body(spec.scale, false), body(spec.scale, true));
-        let whole = Kernel::new(&recipe("mesh_attend", &whole, &["out"]), move |size| launch(size, vec![ordered(size)]))?;
+        let whole =
+            Kernel::new(&recipe("mesh_attend", &whole, &["out"]), move |size| launch(size, vec![ordered(size)]))?;
         let part = Kernel::new(&recipe("mesh_attend_part", &part, &["seen", "weight"]), move |size| {
             let of = |inner| (vec![size.rows, heads, size.parts, inner], Dtype::Float32);
             launch(size, vec![of(head_dim), of(2)])

@@ -95,7 +95,7 @@ if (NORM) {{
   for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   scale = rsqrtf(sum / D + {eps:e}f);
 }}
-const float position = static_cast<float>(position[row]);
+const float turns = static_cast<float>(position[row]);
 for (int i = lane; i < D / 2; i += 32) {{
   float a = static_cast<float>(from[i]), b = static_cast<float>(from[i + D / 2]);
   if (NORM) {{
@@ -105,7 +105,7 @@ for (int i = lane; i < D / 2; i += 32) {{
     b = static_cast<float>(static_cast<T>(b));
   }}
   float sine, cosine;
-  sincosf(position * angles[i], &sine, &cosine);
+  sincosf(turns * angles[i], &sine, &cosine);
   to[i] = static_cast<T>(a * cosine - b * sine);
   to[i + D / 2] = static_cast<T>(a * sine + b * cosine);
 }}

@@ -12,7 +12,14 @@ mod matvec;
 mod norm;
 mod rows;
 
-use std::{cell::RefCell, collections::HashMap, ffi::c_char};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    ffi::c_char,
+    fs::File,
+    io::{self, Write},
+    sync::Mutex,
+};
 
 use mlx_rs::{Array, Dtype, Stream, error::Exception};
 
@@ -30,7 +37,7 @@ pub(crate) enum Constant {
 pub(crate) struct Recipe<'a> {
     pub name: &'a str,
     /// Put before the kernel: helpers.
-    pub headers: &'a [&'a str],
+    pub headers: &'a [&'static str],
     /// The kernel's body; sees inputs, outputs and constants by name.
     pub body: &'a str,
     pub inputs: &'a [&'a str],
@@ -79,7 +86,8 @@ struct Config(mlx_sys::mlx_fast_cuda_kernel_config);
 impl Kernel {
     pub(crate) fn new(recipe: &Recipe<'_>, launch: impl Fn(Size) -> Launch + 'static) -> Result<Self, Exception> {
         ffi::init();
-        let header: String = recipe.headers.iter().map(|header| terse(header)).collect();
+        let header: String =
+            recipe.headers.iter().map(|header| include(header).unwrap_or_else(|_| terse(header))).collect();
         let (name, header, body) =
             (ffi::c_string(recipe.name), ffi::c_string(&header), ffi::c_string(&terse(recipe.body)));
         // SAFETY: the strings outlive the call, which copies them; the vectors are freed once.
@@ -191,7 +199,36 @@ impl std::fmt::Debug for Kernel {
     }
 }
 
-/// `source` without what a compiler skips: MLX copies and hashes the text of a kernel each time it is launched.
+/// A line that includes `header`. MLX puts together, copies and hashes the text of a kernel each time it is launched, which
+/// for whole headers takes the host longer than all else about the launch; so they stand in files without a name, which
+/// the compiler of this process can open.
+fn include(header: &'static str) -> io::Result<String> {
+    static FILES: Mutex<Vec<(&'static str, File)>> = Mutex::new(Vec::new());
+    let mut files = FILES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let index = match files.iter().position(|(text, _)| *text == header) {
+        Some(index) => index,
+        None => {
+            let mut file = tempfile::tempfile()?;
+            file.write_all(header.as_bytes())?;
+            files.push((header, file));
+            files.len() - 1
+        }
+    };
+    path_of(&files[index].1).map(|path| format!("#include \"{path}\"\n"))
+}
+
+#[cfg(target_os = "linux")]
+fn path_of(file: &File) -> io::Result<String> {
+    use std::os::fd::AsRawFd;
+    Ok(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn path_of(_: &File) -> io::Result<String> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// `source` without what a compiler skips.
 fn terse(source: &str) -> String {
     let lines = source.lines().map(|line| line.split("//").next().unwrap_or("").trim());
     lines.filter(|line| !line.is_empty()).flat_map(|line| [line, "\n"]).collect()
@@ -215,5 +252,15 @@ mod tests {
     #[test]
     fn what_a_compiler_skips_is_left_out() {
         assert_eq!(terse("// a\n\n  int b = 1;  // c\n#pragma unroll\n"), "int b = 1;\n#pragma unroll\n");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn headers_can_be_read_where_they_are_included_from() {
+        for header in ["int a;", "int b;", "int a;"] {
+            let line = include(header).unwrap();
+            let path = line.trim_end().strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"')).unwrap();
+            assert_eq!(std::fs::read_to_string(path).unwrap(), header);
+        }
     }
 }
