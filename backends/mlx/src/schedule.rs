@@ -112,7 +112,7 @@ pub fn next(view: &View<'_>, limits: &Limits, footprint: &Footprint) -> Step {
         return Step::Admit(first.id);
     }
     let can_write = view.writing.iter().any(|group| group.ready);
-    if can_write && !(view.wrote_last && !view.reading.is_empty()) {
+    if can_write && (!view.wrote_last || view.reading.is_empty()) {
         return Step::Write;
     }
     match whose_turn(view) {
@@ -153,8 +153,8 @@ fn youngest(view: &View<'_>) -> Option<Id> {
 
 fn whose_turn(view: &View<'_>) -> Option<Id> {
     let oldest = view.reading.iter().min_by_key(|one| one.id);
-    let least = view.reading.iter().min_by_key(|one| (one.turns, std::cmp::Reverse(one.id)));
-    if view.chunks % 2 == 0 { least.or(oldest) } else { oldest }.map(|one| one.id)
+    let least = view.reading.iter().min_by_key(|one| (one.turns, one.id));
+    if view.chunks.is_multiple_of(2) { least } else { oldest }.map(|one| one.id)
 }
 
 /// Columns by which any two rows of a batch may differ, however short they are.
@@ -272,7 +272,7 @@ mod tests {
         // 1 is long; 2 and 3 came later.
         let all = [reading(1, 5), reading(2, 0), reading(3, 0)];
         let at = |chunks| decide(&View { chunks, ..view(&[], &all, &[]) });
-        assert_eq!(at(0), Step::Read { id: 3, tokens: 512 });
+        assert_eq!(at(0), Step::Read { id: 2, tokens: 512 });
         assert_eq!(at(1), Step::Read { id: 1, tokens: 512 });
     }
 

@@ -181,7 +181,7 @@ pub struct Layer {
     after_mlp: Option<RmsNorm>,
     residual_multiplier: f32,
     clipped: bool,
-    /// For one token on CUDA, where the kernels support the layer.
+    /// For one token a row on CUDA, where the kernels support the layer.
     fused: Option<FusedLayer>,
 }
 
@@ -269,8 +269,8 @@ impl Layer {
     }
 
     fn forward(&self, x: &Array, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
-        if let (Some(fused), Some(attention), true) = (&self.fused, self.mixer.as_attention(), pass.is_single())
-            && fused.dtype() == x.dtype()
+        if let (Some(fused), Some(attention)) = (&self.fused, self.mixer.as_attention())
+            && fused.takes(pass, x.dtype())
         {
             return fused.forward(x, attention, cache, pass);
         }
@@ -347,7 +347,7 @@ pub struct Ends {
     norm: RmsNorm,
     /// Absent where the embedding is the head.
     lm_head: Option<Linear>,
-    /// Norm and head for one token on CUDA.
+    /// Norm and head for one token a row on CUDA.
     fused_head: Option<FusedHead>,
     vocab_size: i32,
 }
@@ -386,8 +386,8 @@ impl Ends {
 
     /// `[batch, time, hidden]` to logits.
     pub fn logits(&self, x: Array, rows: Rows, pass: &Pass) -> Result<Array, Exception> {
-        if let (Some(head), true) = (&self.fused_head, pass.is_single()) {
-            return head.forward(&x.as_dtype(self.norm.weight().dtype())?);
+        if let Some(head) = self.fused_head.as_ref().filter(|head| head.takes(pass)) {
+            return head.forward(&x, pass);
         }
         let x = match rows {
             Rows::Last if x.dim(1) > 1 => ffi::slice(&x, [0, x.dim(1) - 1, 0], [x.dim(0), x.dim(1), x.dim(2)])?,

@@ -76,7 +76,14 @@ pub fn quantized_matmul(x: &Array, w: &Packed) -> Result<Array, Exception> {
         let plain = dequantize(w)?.as_dtype(x.dtype())?;
         return mlx_rs::ops::matmul(x, plain.swap_axes(-1, -2)?);
     }
-    multiply_packed(x, w, true)
+    // On CUDA, MLX takes leading axes for a stack of products, each of which reads all of `W`.
+    match x.shape() {
+        [rows, time, inner] if *rows > 1 && w.weight.ndim() == 2 && !cfg!(target_os = "macos") => {
+            let flat = multiply_packed(&x.reshape(&[1, rows * time, *inner])?, w, true)?;
+            flat.reshape(&[*rows, *time, flat.dim(-1)])
+        }
+        _ => multiply_packed(x, w, true),
+    }
 }
 
 /// `x · W` for a packed stack of matrices `[n, out, in]` that `x`, `[…, n, time, out]`, is multiplied with one by one.

@@ -26,8 +26,8 @@ pub struct Pass {
     masks: RefCell<HashMap<(Option<i32>, i32), Array>>,
     /// Each row's position of the first column, `[batch]`; only where rows are padded.
     starts: Option<Array>,
-    /// The column of the first token as an array, made on first use.
-    column: RefCell<Option<Array>>,
+    /// The same for rows without padding, made on first use.
+    row_positions: RefCell<Option<Array>>,
 }
 
 /// One row of a batch.
@@ -50,7 +50,16 @@ impl Pass {
             Array::from_slice(&starts, &[batch])
         });
         let horizons = rows.iter().map(|row| row.horizon.max(offset + time - row.padding)).collect();
-        Self { batch, time, offset, horizons, padding, masks: RefCell::default(), starts, column: RefCell::default() }
+        Self {
+            batch,
+            time,
+            offset,
+            horizons,
+            padding,
+            masks: RefCell::default(),
+            starts,
+            row_positions: RefCell::default(),
+        }
     }
 
     /// Rows.
@@ -84,9 +93,10 @@ impl Pass {
         self.starts.as_ref()
     }
 
-    /// [`offset`](Self::offset) as one i32.
-    pub(crate) fn column(&self) -> Array {
-        self.column.borrow_mut().get_or_insert_with(|| Array::from_slice(&[self.offset], &[1])).clone()
+    /// The position of each row's first token, `[batch]`, also where it is the same for all.
+    pub(crate) fn row_positions(&self) -> Array {
+        let alike = || Array::from_slice(&vec![self.offset; self.batch as usize], &[self.batch]);
+        self.starts.clone().unwrap_or_else(|| self.row_positions.borrow_mut().get_or_insert_with(alike).clone())
     }
 
     /// Positions in f32, `[batch or 1, 1, time, 1]`.

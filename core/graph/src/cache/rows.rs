@@ -87,7 +87,7 @@ fn merge_layers(parts: &[(&LayerCache, i32)], length: i32) -> Result<LayerCache,
         Some((LayerCache::State(first), _)) => {
             let states = (0..first.len()).map(|index| {
                 let all = parts.iter().map(|(part, _)| match part {
-                    LayerCache::State(states) => states.get(index).and_then(Option::as_ref).ok_or_else(|| empty()),
+                    LayerCache::State(states) => states.get(index).and_then(Option::as_ref).ok_or_else(empty),
                     _ => Err(unlike()),
                 });
                 ops::concatenate(&all.collect::<Result<Vec<&Array>, _>>()?, 0).map(Some)

@@ -1,10 +1,10 @@
-//! From the fused q, k, v of one token to heads: norm, rotation, and the layout that attention reads.
+//! From the fused q, k, v of one token a row to heads: norm, rotation, and the layout that attention reads.
 
 use mlx_rs::{Array, Dtype, error::Exception};
 
 use crate::{
     attention::AttentionSpec,
-    kernels::{Constant, Kernel, Output, Recipe},
+    kernels::{Constant, Kernel, Launch, Recipe, Size},
     norm::RmsNorm,
     rope::Rope,
 };
@@ -29,60 +29,61 @@ impl Heads {
         let Some(angles) = rope.angles_per_position().filter(|_| whole && spec.head_dim % 2 == 0) else {
             return Ok(None);
         };
-        let mut names = vec!["qkv", "offset", "angles"];
+        let mut names = vec!["qkv", "position", "angles"];
         if norms.is_some() {
             names.extend(["q_norm", "k_norm"]);
         }
-        let (q, kv) = ([1, spec.heads, 1, spec.head_dim], [1, spec.kv_heads, 1, spec.head_dim]);
         let eps = norms.map_or(0.0, |(norm, _)| norm.eps());
-        let kernel = Kernel::new(&Recipe {
+        let recipe = Recipe {
             name: "mesh_heads",
-            header: "",
+            headers: &[],
             body: &body(norms.is_some(), eps),
             inputs: &names,
-            outputs: &[
-                Output { name: "q", shape: &q, dtype },
-                Output { name: "k", shape: &kv, dtype },
-                Output { name: "v", shape: &kv, dtype },
-            ],
-            constants: &[
-                ("T", Constant::Type(dtype)),
-                ("HEADS", Constant::Int(spec.heads)),
-                ("KV_HEADS", Constant::Int(spec.kv_heads)),
-                ("D", Constant::Int(spec.head_dim)),
-                ("NORM", Constant::Bool(norms.is_some())),
-            ],
-            blocks: spec.heads + 2 * spec.kv_heads,
-            threads_per_block: 32,
+            outputs: &["q", "k", "v"],
+            contiguous: true,
+        };
+        let (heads, kv_heads, head_dim, normed) = (spec.heads, spec.kv_heads, spec.head_dim, norms.is_some());
+        let kernel = Kernel::new(&recipe, move |size| {
+            let of = |heads| (vec![size.rows, heads, 1, head_dim], dtype);
+            Launch {
+                outputs: vec![of(heads), of(kv_heads), of(kv_heads)],
+                constants: vec![
+                    ("T", Constant::Type(dtype)),
+                    ("HEADS", Constant::Int(heads)),
+                    ("KV_HEADS", Constant::Int(kv_heads)),
+                    ("D", Constant::Int(head_dim)),
+                    ("NORM", Constant::Bool(normed)),
+                ],
+                blocks: size.rows * (heads + 2 * kv_heads),
+                threads_per_block: 32,
+            }
         })?;
         let norms = norms.map_or_else(Vec::new, |(q, k)| vec![q.weight().clone(), k.weight().clone()]);
         let angles = Array::from_slice(&angles, &[angles.len() as i32]);
         Ok(Some(Self { kernel, norms, angles }))
     }
 
-    /// `qkv` is `[1, 1, (heads + 2 · kv_heads) · head_dim]`, `offset` the position as one i32. Returns q, k and v as
-    /// `[1, heads, 1, head_dim]`.
-    pub(super) fn forward(&self, qkv: &Array, offset: &Array) -> Result<[Array; 3], Exception> {
-        let mut inputs = vec![qkv, offset, &self.angles];
+    /// `qkv` is `[rows, 1, (heads + 2 · kv_heads) · head_dim]`, `position` each row's own in i32. Returns q, k and v as
+    /// `[rows, heads, 1, head_dim]`.
+    pub(super) fn forward(&self, qkv: &Array, position: &Array) -> Result<[Array; 3], Exception> {
+        let mut inputs = vec![qkv, position, &self.angles];
         inputs.extend(&self.norms);
-        self.kernel
-            .apply(&inputs)?
-            .try_into()
-            .map_err(|_| Exception::custom("the kernel made another number of arrays"))
+        self.kernel.apply(Size::rows(qkv.dim(0)), &inputs)
     }
 }
 
 fn body(normed: bool, eps: f32) -> String {
     let weight = if normed { "(head < HEADS ? q_norm : k_norm)" } else { "static_cast<const T*>(nullptr)" };
     format!(
-        "const int head = blockIdx.x, lane = threadIdx.x;
-const T* from = qkv + head * D;
+        "constexpr int ALL = HEADS + 2 * KV_HEADS;
+const int row = blockIdx.x / ALL, head = blockIdx.x % ALL, lane = threadIdx.x;
+const T* from = qkv + static_cast<size_t>(blockIdx.x) * D;
 if (head >= HEADS + KV_HEADS) {{
-  T* to = v + (head - HEADS - KV_HEADS) * D;
+  T* to = v + (row * KV_HEADS + head - HEADS - KV_HEADS) * D;
   for (int i = lane; i < D; i += 32) to[i] = from[i];
   return;
 }}
-T* to = head < HEADS ? q + head * D : k + (head - HEADS) * D;
+T* to = head < HEADS ? q + (row * HEADS + head) * D : k + (row * KV_HEADS + head - HEADS) * D;
 const T* weight = {weight};
 float scale = 1.0f;
 if (NORM) {{
@@ -94,7 +95,7 @@ if (NORM) {{
   for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   scale = rsqrtf(sum / D + {eps:e}f);
 }}
-const float position = static_cast<float>(offset[0]);
+const float turns = static_cast<float>(position[row]);
 for (int i = lane; i < D / 2; i += 32) {{
   float a = static_cast<float>(from[i]), b = static_cast<float>(from[i + D / 2]);
   if (NORM) {{
@@ -104,7 +105,7 @@ for (int i = lane; i < D / 2; i += 32) {{
     b = static_cast<float>(static_cast<T>(b));
   }}
   float sine, cosine;
-  sincosf(position * angles[i], &sine, &cosine);
+  sincosf(turns * angles[i], &sine, &cosine);
   to[i] = static_cast<T>(a * cosine - b * sine);
   to[i + D / 2] = static_cast<T>(a * sine + b * cosine);
 }}

@@ -1,4 +1,4 @@
-//! A whole pre-norm layer for one token, on CUDA.
+//! A whole pre-norm layer for one token a row, on CUDA.
 
 use mlx_rs::{Array, Dtype, error::Exception};
 
@@ -6,8 +6,12 @@ use crate::{
     attention::Attention,
     cache::LayerCache,
     kernels::{
+        attend::RowsAttention,
         heads::Heads,
+        matmul::{self, Matmul},
         matvec::{Epilogue, Matvec, supports},
+        norm::RowsNorm,
+        rows::takes,
     },
     linear::{Embedding, Linear},
     mlp::Mlp,
@@ -15,15 +19,34 @@ use crate::{
     pass::Pass,
 };
 
-/// A layer's decode step in six launches and attention.
+/// A layer's decode step: in six launches and attention for one row, in nine for several.
 #[derive(Debug)]
 pub struct FusedLayer {
     dtype: Dtype,
-    qkv: Matvec,
     heads: Heads,
+    single: Single,
+    /// Where matrices and heads are such that several rows at once are supported too.
+    rows: Option<Several>,
+}
+
+#[derive(Debug)]
+struct Single {
+    qkv: Matvec,
     o_proj: Matvec,
     gate_up: Matvec,
     down_proj: Matvec,
+}
+
+/// What is multiplied is in fragment order, and so norms and products come apart.
+#[derive(Debug)]
+struct Several {
+    input_layernorm: RowsNorm,
+    qkv: Matmul,
+    attention: RowsAttention,
+    o_proj: Matmul,
+    post_attention_layernorm: RowsNorm,
+    gate_up: Matmul,
+    down_proj: Matmul,
 }
 
 impl FusedLayer {
@@ -50,15 +73,34 @@ impl FusedLayer {
         else {
             return Ok(None);
         };
-        Ok(Some(Self { dtype, qkv, heads, o_proj, gate_up, down_proj }))
+        let single = Single { qkv, o_proj, gate_up, down_proj };
+        let group_size = q.packed().map_or(0, |packed| packed.group_size);
+        let qkv = Matmul::new(&[q, k, v], Epilogue::Plain, group_size, dtype)?;
+        let o_proj = Matmul::new(&[o], Epilogue::Residual, group_size, dtype)?;
+        let gate_up = Matmul::new(&[gate, up], Epilogue::SwiGlu, group_size, dtype)?;
+        let down_proj = Matmul::new(&[down], Epilogue::Residual, group_size, dtype)?;
+        let attend = RowsAttention::new(attention.spec(), group_size, dtype)?;
+        let rows = match (qkv, attend, o_proj, gate_up, down_proj) {
+            (Some(qkv), Some(attention), Some(o_proj), Some(gate_up), Some(down_proj)) => Some(Several {
+                input_layernorm: RowsNorm::new(input_layernorm, group_size)?,
+                qkv,
+                attention,
+                o_proj,
+                post_attention_layernorm: RowsNorm::new(post_attention_layernorm, group_size)?,
+                gate_up,
+                down_proj,
+            }),
+            _ => None,
+        };
+        Ok(Some(Self { dtype, heads, single, rows }))
     }
 
-    /// The type of the stream that the kernels read and write.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
+    /// Whether the kernels compute a pass over a stream of `dtype`.
+    pub fn takes(&self, pass: &Pass, dtype: Dtype) -> bool {
+        dtype == self.dtype && (pass.is_single() || (self.rows.is_some() && takes(pass)))
     }
 
-    /// `x` is `[1, 1, hidden]`.
+    /// `x` is `[batch, 1, hidden]`, of a pass that the kernels take.
     pub fn forward(
         &self,
         x: &Array,
@@ -66,7 +108,23 @@ impl FusedLayer {
         cache: &mut LayerCache,
         pass: &Pass,
     ) -> Result<Array, Exception> {
-        let [q, k, v] = self.heads.forward(&self.qkv.forward(x, None)?, &pass.column())?;
+        match &self.rows {
+            Some(rows) if !pass.is_single() => rows.forward(x, &self.heads, cache, pass),
+            _ => self.single.forward(x, &self.heads, attention, cache, pass),
+        }
+    }
+}
+
+impl Single {
+    fn forward(
+        &self,
+        x: &Array,
+        heads: &Heads,
+        attention: &Attention,
+        cache: &mut LayerCache,
+        pass: &Pass,
+    ) -> Result<Array, Exception> {
+        let [q, k, v] = heads.forward(&self.qkv.forward(x, None)?, &pass.row_positions())?;
         let [k, v] = cache.positions()?.update([&k, &v])?;
         let spec = attention.spec();
         let out = attention.attend(&q, &k, &v, pass)?;
@@ -76,27 +134,57 @@ impl FusedLayer {
     }
 }
 
-/// The final norm and the head, in one launch.
+impl Several {
+    fn forward(&self, x: &Array, heads: &Heads, cache: &mut LayerCache, pass: &Pass) -> Result<Array, Exception> {
+        let positions = pass.row_positions();
+        let qkv = self.qkv.forward(&self.input_layernorm.forward(x)?, x)?;
+        let [q, k, v] = heads.forward(&qkv, &positions)?;
+        let [k, v] = cache.positions()?.update([&k, &v])?;
+        let x = self.o_proj.forward(&self.attention.forward(&q, &k, &v, &positions)?, x)?;
+        let fed = self.gate_up.forward(&self.post_attention_layernorm.forward(&x)?, &x)?;
+        self.down_proj.forward(&fed, &x)
+    }
+}
+
+/// The final norm and the head: in one launch for one row, in two for several.
 #[derive(Debug)]
-pub struct FusedHead(Matvec);
+pub struct FusedHead {
+    dtype: Dtype,
+    single: Matvec,
+    rows: Option<(RowsNorm, Matmul)>,
+}
 
 impl FusedHead {
     /// From the norm and the head (or the embedding, where they are tied); `None` if the kernel does not compute them.
     pub fn new(norm: &RmsNorm, head: Option<&Linear>, embedding: &Embedding) -> Result<Option<Self>, Exception> {
-        let dtype: Dtype = norm.weight().dtype();
-        match head {
-            Some(head) => Ok(Matvec::new(&[head], Some(norm), Epilogue::Plain, dtype)?.map(Self)),
-            None => match embedding.packed() {
-                Some(packed) if supports(packed, dtype) => {
-                    Matvec::packed(&[packed], &[], Some(norm), Epilogue::Plain, dtype).map(|head| Some(Self(head)))
-                }
-                _ => Ok(None),
-            },
-        }
+        let dtype = norm.weight().dtype();
+        let packed = match head {
+            Some(head) => head.packed().filter(|_| head.bias().is_none()),
+            None => embedding.packed(),
+        };
+        let Some(packed) = packed.filter(|packed| supports(packed, dtype)) else { return Ok(None) };
+        let single = Matvec::packed(&[packed], &[], Some(norm), Epilogue::Plain, dtype)?;
+        let rows = match matmul::supports(packed, packed.group_size) {
+            true => {
+                let norm = RowsNorm::new(norm, packed.group_size)?;
+                Some((norm, Matmul::packed(&[packed], &[], Epilogue::Plain, dtype)?))
+            }
+            false => None,
+        };
+        Ok(Some(Self { dtype, single, rows }))
     }
 
-    /// `[1, 1, hidden]` to logits, `[1, 1, vocab]`.
-    pub fn forward(&self, x: &Array) -> Result<Array, Exception> {
-        self.0.forward(x, None)
+    /// Whether the kernels compute a pass.
+    pub fn takes(&self, pass: &Pass) -> bool {
+        pass.is_single() || (self.rows.is_some() && takes(pass))
+    }
+
+    /// `[batch, 1, hidden]`, of a pass that the kernels take, to logits, `[batch, 1, vocab]`.
+    pub fn forward(&self, x: &Array, pass: &Pass) -> Result<Array, Exception> {
+        let x = &x.as_dtype(self.dtype)?;
+        match &self.rows {
+            Some((norm, head)) if !pass.is_single() => head.forward(&norm.forward(x)?, x),
+            _ => self.single.forward(x, None),
+        }
     }
 }

@@ -4,7 +4,7 @@ use mlx_rs::{Array, Dtype, error::Exception};
 
 use crate::{
     ffi::{Mode, Packed},
-    kernels::{Constant, Kernel, Output, Recipe},
+    kernels::{Constant, Kernel, Launch, Recipe, Size},
     linear::Linear,
     norm::RmsNorm,
 };
@@ -45,8 +45,23 @@ pub(super) fn supports(packed: &Packed, dtype: Dtype) -> bool {
         && columns <= COLUMNS_MAX
 }
 
-fn columns(packed: &Packed) -> i32 {
+/// Columns of a packed matrix.
+pub(super) fn columns(packed: &Packed) -> i32 {
     packed.weight.dim(-1) * 32 / packed.bits
+}
+
+/// The matrices and biases of `parts` that share their input; `None` where a kernel does not support them.
+pub(super) fn parts_of<'a>(
+    parts: &[&'a Linear],
+    epilogue: Epilogue,
+    dtype: Dtype,
+) -> Option<(Vec<&'a Packed>, Vec<&'a Array>)> {
+    let packed = parts.iter().map(|part| part.packed()).collect::<Option<Vec<&Packed>>>()?;
+    let bias: Vec<&Array> = parts.iter().filter_map(|part| part.bias()).collect();
+    let has_bias = !bias.is_empty();
+    let alike = packed.iter().all(|part| supports(part, dtype) && part.group_size == packed[0].group_size);
+    let placed = !has_bias || (bias.len() == parts.len() && epilogue != Epilogue::SwiGlu);
+    (alike && placed).then_some((packed, bias))
 }
 
 impl Matvec {
@@ -57,16 +72,7 @@ impl Matvec {
         epilogue: Epilogue,
         dtype: Dtype,
     ) -> Result<Option<Self>, Exception> {
-        let Some(packed) = parts.iter().map(|part| part.packed()).collect::<Option<Vec<&Packed>>>() else {
-            return Ok(None);
-        };
-        let bias: Vec<&Array> = parts.iter().filter_map(|part| part.bias()).collect();
-        let has_bias = !bias.is_empty();
-        if packed.iter().any(|part| !supports(part, dtype) || part.group_size != packed[0].group_size)
-            || (has_bias && (bias.len() != parts.len() || epilogue == Epilogue::SwiGlu))
-        {
-            return Ok(None);
-        }
+        let Some((packed, bias)) = parts_of(parts, epilogue, dtype) else { return Ok(None) };
         Self::packed(&packed, &bias, norm, epilogue, dtype).map(Some)
     }
 
@@ -105,20 +111,24 @@ impl Matvec {
             names.push("residual".into());
         }
         let body = body(&rows, norm.map(RmsNorm::eps), !bias.is_empty(), epilogue);
-        let shape = [1, 1, total];
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let kernel = Kernel::new(&Recipe {
+        let recipe = Recipe {
             name: "mesh_matvec",
-            header: include_str!("matvec.cuh"),
+            headers: &[include_str!("matvec.cuh")],
             body: &body,
             inputs: &names,
-            outputs: &[Output { name: "out", shape: &shape, dtype }],
-            constants: &[
+            outputs: &["out"],
+            contiguous: true,
+        };
+        let (group_size, normed) = (packed[0].group_size, norm.is_some());
+        let kernel = Kernel::new(&recipe, move |_| Launch {
+            outputs: vec![(vec![1, 1, total], dtype)],
+            constants: vec![
                 ("T", Constant::Type(dtype)),
                 ("K", Constant::Int(columns)),
-                ("GROUP", Constant::Int(packed[0].group_size)),
+                ("GROUP", Constant::Int(group_size)),
                 ("ROWS", Constant::Int(rows_per_warp)),
-                ("NORM", Constant::Bool(norm.is_some())),
+                ("NORM", Constant::Bool(normed)),
             ],
             blocks: (total + rows_per_warp * WARPS_PER_BLOCK - 1) / (rows_per_warp * WARPS_PER_BLOCK),
             threads_per_block: WARPS_PER_BLOCK * 32,
@@ -132,7 +142,8 @@ impl Matvec {
         inputs.extend(&self.norm);
         inputs.extend(&self.constants);
         inputs.extend(residual);
-        self.kernel.apply(&inputs)?.pop().ok_or_else(|| Exception::custom("the kernel made nothing"))
+        let [out] = self.kernel.apply(Size::SINGLE, &inputs)?;
+        Ok(out)
     }
 }
 

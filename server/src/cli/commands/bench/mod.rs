@@ -42,7 +42,7 @@ pub async fn run(args: BenchArgs, output: &Output) -> Result<(), Failure> {
         (_, _, Some(turns)) => {
             let conversation =
                 Conversation { turns, tokens: args.prompt_tokens, answer_tokens: args.generate_tokens, vocab_size };
-            measure_conversation(&*handle, conversation).await.map(|run| report::conversation(run))
+            measure_conversation(&*handle, conversation).await.map(report::conversation)
         }
         ([], ..) => measure(&*handle, workload).await.map(|runs| report::runs(&runs)),
         (streams, ..) => crowds(&*handle, workload, streams).await,
