@@ -36,6 +36,28 @@ pub fn shapes() -> Vec<Shape> {
     };
     vec![
         Shape {
+            name: "gemma-3-1b",
+            family: "gemma3",
+            config: json!({
+                "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+                "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "rms_norm_eps": 1e-6,
+                "vocab_size": 262_144, "tie_word_embeddings": true, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+                "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+                "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32_768,
+            }),
+        },
+        Shape {
+            name: "lfm2-350m",
+            family: "lfm2",
+            config: json!({
+                "model_type": "lfm2", "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
+                "num_key_value_heads": 8, "norm_eps": 1e-5, "conv_L_cache": 3, "conv_bias": false, "block_dim": 1024,
+                "block_ff_dim": 6656, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+                "block_auto_adjust_ff_dim": true, "vocab_size": 65_536, "tie_word_embeddings": true, "rope_theta": 1e6,
+                "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128_000,
+            }),
+        },
+        Shape {
             name: "llama-3.2-1b",
             family: "llama",
             config: json!({
@@ -51,6 +73,21 @@ pub fn shapes() -> Vec<Shape> {
         },
         Shape { name: "qwen3-0.6b", family: "qwen3", config: qwen3(1024, 3072, 28, 16, true) },
         Shape { name: "qwen3-8b", family: "qwen3", config: qwen3(4096, 12_288, 36, 32, false) },
+        // Of its 48 layers and 512 experts, as many as are made in seconds.
+        Shape {
+            name: "qwen3-next-8-layers",
+            family: "qwen3_next",
+            config: json!({
+                "model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 8,
+                "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "rms_norm_eps": 1e-6,
+                "hidden_act": "silu", "attention_bias": false, "vocab_size": 151_936, "tie_word_embeddings": false,
+                "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+                "linear_num_key_heads": 16, "linear_num_value_heads": 32, "full_attention_interval": 4,
+                "partial_rotary_factor": 0.25, "rope_theta": 1e7, "num_experts": 32, "num_experts_per_tok": 10,
+                "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1,
+                "mlp_only_layers": [], "norm_topk_prob": true, "max_position_embeddings": 262_144,
+            }),
+        },
         Shape {
             name: "smollm2-135m",
             family: "llama",

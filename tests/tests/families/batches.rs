@@ -136,7 +136,7 @@ fn any_order_of_arrivals_and_departures_leaves_everybody_alone() {
         let mut batch: Option<Cache> = None;
         let (mut worst, mut widest) = (0.0_f32, 0);
         while !coming.is_empty() || !rows.is_empty() {
-            if !coming.is_empty() && (rows.is_empty() || choices.below(2) == 0) {
+            if !coming.is_empty() && (rows.len() < 2 || choices.below(2) == 0) {
                 let (cache, logits) = coming.swap_remove(choices.below(coming.len()));
                 let joined = match batch.take() {
                     Some(batch) => Cache::merge(&[batch, cache]),
@@ -162,7 +162,7 @@ fn any_order_of_arrivals_and_departures_leaves_everybody_alone() {
                 rows = stays.into_iter().map(|row| rows[row].clone()).collect();
             }
         }
-        assert!(widest > 2, "{name}: the schedule has rows in company");
+        assert!(widest > 1, "{name}: the schedule has rows in company");
         if worst > SAME {
             faults.push(format!("{name}: differs by {worst:.1e}"));
         }
