@@ -168,3 +168,26 @@ mesh_multiply<T, K, GROUP, TILES, NT, WARPS, CHUNK>(reinterpret_cast<const uint4
     ));
     body
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_matrix_is_read_from_its_own_first_row() {
+        let text = body(&[4096, 1024, 1024], true, Epilogue::Plain);
+        let chosen = "row < 4096 ? mesh_tile_at<T, K, GROUP>(w0, s0, b0, row - 0) : row < 5120 ? \
+                      mesh_tile_at<T, K, GROUP>(w1, s1, b1, row - 4096) : \
+                      mesh_tile_at<T, K, GROUP>(w2, s2, b2, row - 5120)";
+        assert!(text.contains(chosen), "{text}");
+        assert!(text.contains("row < 4096 ? bias0[row - 0] : row < 5120 ? bias1[row - 4096] : bias2[row - 5120]"));
+        assert!(text.contains("min((first + m) * 16, 6144 - 16)"));
+    }
+
+    #[test]
+    fn gates_and_what_they_multiply_alternate() {
+        let text = body(&[12_288, 12_288], false, Epilogue::SwiGlu);
+        assert!(text.contains("m % 2 ? mesh_tile_at<T, K, GROUP>(w1, s1, b1, row) : mesh_tile_at<T, K, GROUP>(w0, s0"));
+        assert!(text.contains("min((first + (m / 2)) * 16, 12288 - 16)"));
+    }
+}

@@ -214,7 +214,10 @@ fn include(header: &'static str) -> io::Result<String> {
             files.len() - 1
         }
     };
-    path_of(&files[index].1).map(|path| format!("#include \"{path}\"\n"))
+    let path = path_of(&files[index].1)?;
+    // Not everywhere is there a /proc.
+    std::fs::metadata(&path)?;
+    Ok(format!("#include \"{path}\"\n"))
 }
 
 #[cfg(target_os = "linux")]
