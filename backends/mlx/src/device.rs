@@ -14,7 +14,7 @@ use std::{
 use mesh_core::{
     Capabilities, Device, DeviceKind, EngineHandle, EngineState, LoadError, LoadPlan, ProgressSink, Stage,
 };
-use mesh_graph::{CausalModel, Placement, Rows, Weights, ffi, graph_families, memory, needs_points};
+use mesh_graph::{Cache, CausalModel, Placement, Rows, Weights, ffi, graph_families, memory, needs_points};
 use mlx_rs::{Array, error::Exception, transforms};
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
@@ -246,6 +246,9 @@ fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result
         transforms::eval(cache.arrays().chain([&first])).map_err(failed)?;
         (cache.blueprint(), cache.footprint())
     };
+    if device.kind == DeviceKind::Cuda && settings.warm_up {
+        warm_up(&*model, settings.parallel(device.kind), abandoned)?;
+    }
     memory::clear_cache();
     let vocab_size = model.vocab_size();
     let sizes = Sizes::read(&config, vocab_size, device.kind);
@@ -286,6 +289,27 @@ fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result
         model,
     });
     Ok((runner, Ready { vocab_size, capabilities, admission }))
+}
+
+/// The fewest rows of each kind of step that has kernels of its own on CUDA.
+const KERNEL_ROWS: [u32; 3] = [2, 9, 17];
+
+/// Has the device compute steps of every width, so that nobody's answer waits for a compiler, which takes seconds a kernel.
+fn warm_up(model: &dyn CausalModel, parallel_max: u32, abandoned: &AtomicBool) -> Result<(), LoadError> {
+    for rows in KERNEL_ROWS.into_iter().filter(|rows| *rows <= parallel_max) {
+        if abandoned.load(Ordering::Relaxed) {
+            return Err(nobody_waits());
+        }
+        let _gate = gate();
+        let since = Instant::now();
+        let mut cache = Cache::padded(&model.layout(), &vec![0; rows as usize]);
+        let tokens = Array::from_slice(&vec![0_u32; rows as usize], &[rows as i32, 1]);
+        let step = model.forward(&tokens, &mut cache, Rows::Last);
+        step.and_then(|logits| transforms::eval(cache.arrays().chain([&logits])))
+            .map_err(|error| other("computing first tokens of several rows", error.what().to_owned()))?;
+        tracing::info!(rows, ms = since.elapsed().as_millis() as u64, "kernels are ready");
+    }
+    Ok(())
 }
 
 /// Files of prefixes in the usual numbers: no folder of a desktop has more.

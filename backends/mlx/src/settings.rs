@@ -30,6 +30,8 @@ pub struct Settings {
     pub prefix_files_dir: Option<PathBuf>,
     /// Longest step of the device, in seconds, before the engine is given up.
     pub step_s_max: u64,
+    /// Whether a GPU's kernels are compiled before the first request is admitted, rather than when it comes.
+    pub warm_up: bool,
 }
 
 /// Where to compute.
@@ -69,6 +71,7 @@ impl Default for Settings {
             prefix_files_bytes_max: 0,
             prefix_files_dir: None,
             step_s_max: 300,
+            warm_up: true,
         }
     }
 }
