@@ -260,6 +260,32 @@ async fn two_loads_at_once_do_not_count_on_the_same_bytes() {
     assert_eq!((loads(), reserved(&server.slots)), (3, 120));
 }
 
+#[tokio::test]
+async fn a_large_model_is_not_overtaken_by_small_ones() {
+    let busy = model("a", 60, vec![Step::Wait, STOP]);
+    let (server, [a, b, c]) = server(100, [busy, quick("b", 80), quick("c", 30)]).await;
+    let waiting = async {
+        eventually("a takes no more requests", || word(&server.slots, "a") == "unloading").await;
+        let late = async {
+            eventually("c wants to load", || word(&server.slots, "c") == "loading").await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert_eq!((b.loads.load(SeqCst), c.loads.load(SeqCst)), (0, 0), "there is room for c, but b came first");
+            a.steps.add_permits(1);
+        };
+        futures::join!(ask(&server, "c"), late).0
+    };
+    let first = async {
+        let answer = ask(&server, "a");
+        let large = async {
+            eventually("a works", || a.taken.load(SeqCst) == 1).await;
+            ask(&server, "b").await
+        };
+        futures::join!(answer, large)
+    };
+    let ((one, two), three) = futures::join!(first, waiting);
+    assert_eq!((one, two, three), (200, 200, 200));
+}
+
 /// However requests for models that exclude each other fall together, each is answered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn making_room_never_shows() {
