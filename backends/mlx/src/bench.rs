@@ -52,7 +52,7 @@ pub fn shapes() -> Vec<Shape> {
             config: json!({
                 "model_type": "lfm2", "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
                 "num_key_value_heads": 8, "norm_eps": 1e-5, "conv_L_cache": 3, "conv_bias": false, "block_dim": 1024,
-                "block_ff_dim": 6656, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+                "block_ff_dim": 6656, "intermediate_size": 6656, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
                 "block_auto_adjust_ff_dim": true, "vocab_size": 65_536, "tie_word_embeddings": true, "rope_theta": 1e6,
                 "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128_000,
             }),

@@ -11,6 +11,7 @@ use crate::prefix::{self, DiskSettings, Limits, NamedTensor, Payload, PrefixStor
 pub struct Remembered {
     store: PrefixStore<Segment, Point>,
     blueprint: Blueprint,
+    files: bool,
     /// Whether sequences can be taken up only where a point was kept.
     pub needs_points: bool,
 }
@@ -30,8 +31,14 @@ impl Remembered {
                 .inspect_err(|error| tracing::warn!("{}: prefixes are not kept in files: {error}", folder.display()))
                 .ok()
         });
+        let files = store.is_some();
         let store = store.unwrap_or_else(|| PrefixStore::new(needs_points, limits));
-        Self { store, blueprint, needs_points }
+        Self { store, blueprint, files, needs_points }
+    }
+
+    /// Whether files are kept.
+    pub fn has_files(&self) -> bool {
+        self.files
     }
 
     /// Writes a little of what no file has yet; answers whether there is more.

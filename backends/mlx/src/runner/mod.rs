@@ -27,6 +27,9 @@ use crate::{
     watchdog::Doing,
 };
 
+/// How long nobody has to come before remembered prefixes go to files: between the turns of a conversation there is less.
+const IDLE_BEFORE_SAVING: Duration = Duration::from_secs(2);
+
 /// How often readers that do not keep up are looked at while nothing else is to be done.
 const READER_POLL: Duration = Duration::from_millis(2);
 
@@ -124,21 +127,53 @@ impl Runner {
                     self.write();
                 }
                 Step::Wait if !self.sequences.is_empty() || !self.leaving.is_empty() => thread::sleep(READER_POLL),
-                // Nobody waits: what is remembered may go to files.
-                Step::Wait if self.save_some() => {}
-                Step::Wait if !open => return,
-                Step::Wait => match inbox.blocking_recv() {
-                    Some(work) => self.arrive(work),
-                    None => return,
-                },
+                Step::Wait if !open => {
+                    self.save_some(|_| false);
+                    return;
+                }
+                Step::Wait => {
+                    // Nobody at all, if the channel is closed: the next look at it tells.
+                    if let Some(work) = self.next_arrival(inbox) {
+                        self.arrive(work);
+                    }
+                }
             }
         }
     }
 
-    fn save_some(&mut self) -> bool {
-        let _gate = gate();
-        let _doing = self.shared.doing(Doing::Remember);
-        self.remembered.save_some()
+    /// Waits for somebody to come. Once nobody has for a while, what is remembered goes to files, if there are any; whoever
+    /// comes meanwhile waits for one of them at most.
+    fn next_arrival(&mut self, inbox: &mut Receiver<Work>) -> Option<Work> {
+        let mut arrival = None;
+        if self.remembered.has_files() {
+            let since = Instant::now();
+            let mut arrived = |inbox: &mut Receiver<Work>| {
+                arrival = inbox.try_recv().ok();
+                arrival.is_some() || inbox.is_closed()
+            };
+            while since.elapsed() < IDLE_BEFORE_SAVING {
+                if arrived(inbox) {
+                    return arrival;
+                }
+                thread::sleep(READER_POLL);
+            }
+            self.save_some(|_| arrived(inbox));
+            if arrival.is_some() {
+                return arrival;
+            }
+        }
+        inbox.blocking_recv()
+    }
+
+    /// Writes what no file has yet, until all is written, the grace of a drain is over, or `enough` says so.
+    fn save_some(&mut self, mut enough: impl FnMut(&Self) -> bool) {
+        while !self.shared.cancelled.load(Ordering::Relaxed) && !enough(self) {
+            let _gate = gate();
+            let _doing = self.shared.doing(Doing::Remember);
+            if !self.remembered.save_some() {
+                return;
+            }
+        }
     }
 
     /// Takes in whoever has come; answers whether more may come.
