@@ -36,15 +36,7 @@ impl Runner {
     pub(super) fn forget_what_is_in_the_way(&mut self) {
         let reading = self.reading.iter().filter_map(|id| self.sequences.get(id));
         let read: u64 = reading.map(|sequence| self.footprint.bytes(sequence.tokens.len() as u64)).sum();
-        let written: u64 = self
-            .writing
-            .iter()
-            .map(|group| {
-                let (_, longest, rows) = group.extent();
-                self.footprint.bytes(u64::from(longest) + 1) * rows as u64
-            })
-            .sum();
-        let left = self.limits.memory_bytes.saturating_sub(read).saturating_sub(written);
+        let left = self.limits.memory_bytes.saturating_sub(read).saturating_sub(self.written_bytes());
         self.remembered.evict(left.min(self.limits.remembered_bytes_max));
     }
 

@@ -37,6 +37,15 @@ impl Runner {
         }
     }
 
+    /// Bytes that groups take after their next step, padding included.
+    pub(super) fn written_bytes(&self) -> u64 {
+        let groups = self.writing.iter().map(|group| {
+            let (_, longest, rows) = group.extent();
+            self.footprint.bytes(u64::from(longest) + 1).saturating_mul(rows as u64)
+        });
+        groups.fold(0, u64::saturating_add)
+    }
+
     fn join_groups(&mut self) {
         // What holds nothing yet cannot be part of a batch, and who does not read waits apart.
         loop {
@@ -47,15 +56,7 @@ impl Runner {
                 return;
             }
             let extents: Vec<_> = ready.iter().map(|at| self.writing[*at].extent()).collect();
-            let used: u64 = self
-                .writing
-                .iter()
-                .map(|group| {
-                    let (_, longest, rows) = group.extent();
-                    self.footprint.bytes(u64::from(longest) + 1) * rows as u64
-                })
-                .sum();
-            let spare = self.limits.memory_bytes.saturating_sub(used);
+            let spare = self.limits.memory_bytes.saturating_sub(self.written_bytes());
             let Some((a, b)) = schedule::joinable(&extents, ROWS_MAX, spare, &self.footprint) else { return };
             // The later one first, so that the other keeps its place.
             let second = self.writing.remove(ready[b]);
