@@ -31,9 +31,13 @@ impl Runner {
                 true => self.settle(group),
                 false => Some(group),
             };
-            if let Some(group) = group.and_then(|group| self.step(group)) {
-                self.writing.push(group);
-            }
+            let group = group.and_then(|group| self.step(group));
+            // A first token goes out at once, rather than after another step was submitted.
+            let group = match group {
+                Some(group) if self.somebody_has_nothing_yet(&group) => self.settle(group),
+                group => group,
+            };
+            self.writing.extend(group);
         }
     }
 
@@ -80,6 +84,10 @@ impl Runner {
             .iter()
             .zip(rows())
             .any(|(length, (sequence, _))| !sequence.long && self.is_long(*length as usize + 1))
+    }
+
+    fn somebody_has_nothing_yet(&self, group: &Group) -> bool {
+        group.rows.iter().any(|id| self.sequences.get(id).is_some_and(|sequence| sequence.prefill.is_none()))
     }
 
     /// Reads what was drawn, and lets go of who ended and of who has to be computed anew.
