@@ -8,7 +8,7 @@ use mlx_rs::Dtype;
 use serde_json::{Value, json};
 
 use crate::{
-    device::{Context, Start, gate, placement, read, start},
+    device::{Built, Context, Start, bytes, gate, placement, read, start},
     identity::Identity,
     judge,
     settings::Settings,
@@ -147,7 +147,7 @@ pub async fn random_engine(
         let arrays = source.finish().map_err(|error| failed(error.to_string()))?;
         read(&arrays, abandoned, |_, _| {})?;
         memory::clear_cache();
-        Ok(model)
+        Ok(Built { model, weights_bytes: bytes(&arrays) })
     };
     start(Start {
         name: shape.name.into(),

@@ -4,7 +4,7 @@ use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
+        Arc, Mutex, MutexGuard, TryLockError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -31,7 +31,8 @@ use crate::{
     runner::{Parts, Runner},
     schedule::Limits,
     settings::Settings,
-    threads, watchdog,
+    threads,
+    watchdog::{self, Doing},
 };
 
 /// Arrays evaluated between two reports of progress while loading.
@@ -65,9 +66,25 @@ fn nobody_waits() -> LoadError {
     other("loading the model", "nobody waits for it any more")
 }
 
+/// How often a gate that is held by another thread is tried.
+const GATE_POLL: Duration = Duration::from_micros(200);
+
 /// Waits for the device to be free of other threads.
+///
+/// # Panics
+///
+/// A step that was given up holds the device: this engine fails as that one did, rather than wait for good.
 pub fn gate() -> MutexGuard<'static, ()> {
-    GATE.lock().unwrap_or_else(PoisonError::into_inner)
+    loop {
+        match GATE.try_lock() {
+            Ok(guard) => return guard,
+            Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                assert!(!watchdog::hangs(), "another model's step holds the device and does not end");
+                thread::sleep(GATE_POLL);
+            }
+        }
+    }
 }
 
 /// Starts the device thread, and waits until the model is ready.
@@ -92,7 +109,20 @@ pub async fn load(plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle
 }
 
 /// Makes a model, or gives up once the flag is set.
-pub type Build = dyn FnOnce(&AtomicBool) -> Result<Box<dyn CausalModel>, LoadError> + Send;
+pub type Build = dyn FnOnce(&AtomicBool) -> Result<Built, LoadError> + Send;
+
+/// A model that was made.
+pub struct Built {
+    /// The model.
+    pub model: Box<dyn CausalModel>,
+    /// What its weights take, in bytes.
+    pub weights_bytes: u64,
+}
+
+/// Bytes of arrays.
+pub fn bytes(arrays: &[Array]) -> u64 {
+    arrays.iter().map(|array| array.nbytes() as u64).sum()
+}
 
 /// How long a sequence may become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,8 +172,17 @@ pub async fn start(start: Start) -> Result<EngineHandle, LoadError> {
     let thread_shared = shared.clone();
     threads::spawn(move || run(start, &thread_shared, inbox, ready, &abandoned))
         .map_err(|error| LoadError::Other { what: "starting the device thread".into(), source: error.into() })?;
-    let ready = built.await.unwrap_or_else(|_| Err(other("loading the model", "the device thread panicked")))?;
     tokio::spawn(watchdog::watch(shared.clone(), step_max));
+    let mut state = shared.state.subscribe();
+    let ready = tokio::select! {
+        biased;
+        built = built => built.unwrap_or_else(|_| Err(other("loading the model", "the device thread panicked"))),
+        // A thread that hangs says nothing.
+        over = state.wait_for(EngineState::is_over) => Err(match over.as_deref() {
+            Ok(EngineState::Failed(what)) => other("loading the model", what.to_string()),
+            _ => other("loading the model", "the device thread is gone"),
+        }),
+    }?;
     let Ready { vocab_size, capabilities, admission } = ready;
     let engine = MlxEngine { capabilities, admission, vocab_size, shared, jobs: Mutex::new(Some(jobs)) };
     Ok(EngineHandle::new(&INFO, device, Arc::new(engine)))
@@ -204,8 +243,9 @@ fn run(
         let (prepared, said) = match prepare(start, shared, abandoned) {
             Ok(prepared) => prepared,
             Err(error) => {
-                shared.state.send_replace(EngineState::Failed(error.to_string().into()));
+                let what = error.to_string();
                 let _ = ready.send(Err(error));
+                shared.state.send_replace(EngineState::Failed(what.into()));
                 return;
             }
         };
@@ -234,12 +274,11 @@ fn run(
 /// Builds the model, has it compute one token, and plans its memory with what that told.
 fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result<(Runner, Ready), LoadError> {
     let Start { name, device, settings, context, config, eos, identity, build } = start;
-    let before = memory::active_bytes();
     let device_bytes = device_bytes(&device, &settings);
-    let model = build(abandoned)?;
-    let weights_bytes = memory::active_bytes().saturating_sub(before);
+    let Built { model, weights_bytes } = build(abandoned)?;
     let (blueprint, footprint) = {
-        let _gate = gate();
+        let _gate = gate_in_time(abandoned)?;
+        let _doing = shared.doing(Doing::Load);
         let failed = |error: Exception| other("computing a first token", error.what().to_owned());
         let mut cache = model.new_cache();
         let first = model.forward(&Array::from_slice(&[0_u32], &[1, 1]), &mut cache, Rows::Last).map_err(failed)?;
@@ -247,7 +286,7 @@ fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result
         (cache.blueprint(), cache.footprint())
     };
     if device.kind == DeviceKind::Cuda && settings.warm_up {
-        warm_up(&*model, settings.parallel(device.kind), abandoned)?;
+        warm_up(&*model, settings.parallel(device.kind), shared, abandoned)?;
     }
     memory::clear_cache();
     let vocab_size = model.vocab_size();
@@ -295,12 +334,18 @@ fn prepare(start: Start, shared: &Arc<Shared>, abandoned: &AtomicBool) -> Result
 const KERNEL_ROWS: [u32; 3] = [2, 9, 17];
 
 /// Has the device compute steps of every width, so that nobody's answer waits for a compiler, which takes seconds a kernel.
-fn warm_up(model: &dyn CausalModel, parallel_max: u32, abandoned: &AtomicBool) -> Result<(), LoadError> {
+fn warm_up(
+    model: &dyn CausalModel,
+    parallel_max: u32,
+    shared: &Shared,
+    abandoned: &AtomicBool,
+) -> Result<(), LoadError> {
     for rows in KERNEL_ROWS.into_iter().filter(|rows| *rows <= parallel_max) {
         if abandoned.load(Ordering::Relaxed) {
             return Err(nobody_waits());
         }
-        let _gate = gate();
+        let _gate = gate_in_time(abandoned)?;
+        let _doing = shared.doing(Doing::Load);
         let since = Instant::now();
         let mut cache = Cache::padded(&model.layout(), &vec![0; rows as usize]);
         let tokens = Array::from_slice(&vec![0_u32; rows as usize], &[rows as i32, 1]);
@@ -348,7 +393,7 @@ fn build(
     residency: &Residency,
     progress: &ProgressSink,
     abandoned: &AtomicBool,
-) -> Result<Box<dyn CausalModel>, LoadError> {
+) -> Result<Built, LoadError> {
     let _gate = gate_in_time(abandoned)?;
     let family = plan.family.map(|family| family.id()).unwrap_or_default();
     let family = graph_families()
@@ -371,7 +416,7 @@ fn build(
         "model loaded: {}",
         residency.reason
     );
-    Ok(model)
+    Ok(Built { model, weights_bytes: bytes(&arrays) })
 }
 
 /// How weights are held on a device.
@@ -384,14 +429,14 @@ pub fn placement(device: DeviceKind, dequantize: bool) -> Placement {
 
 /// Reads weights that were opened lazily, telling `report` the bytes done and in all.
 pub fn read(arrays: &[Array], abandoned: &AtomicBool, report: impl Fn(u64, u64)) -> Result<(), LoadError> {
-    let total = arrays.iter().map(|array| array.nbytes() as u64).sum();
+    let total = bytes(arrays);
     let mut done = 0;
     for group in arrays.chunks(ARRAYS_PER_REPORT) {
         if abandoned.load(Ordering::Relaxed) {
             return Err(nobody_waits());
         }
         transforms::eval(group).map_err(|error| LoadError::Weights { what: error.what().to_owned() })?;
-        done += group.iter().map(|array| array.nbytes() as u64).sum::<u64>();
+        done += bytes(group);
         report(done, total);
     }
     Ok(())

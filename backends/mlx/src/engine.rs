@@ -14,8 +14,8 @@ use std::{
 use async_trait::async_trait;
 use futures::Stream;
 use mesh_core::{
-    Capabilities, Engine, EngineError, EngineState, Event, EventStream, FinishReason, Job, Prompt, PromptForm,
-    SubmitError, Timings, Usage, queue::Pace,
+    Capabilities, DeviceKind, Engine, EngineError, EngineState, Event, EventStream, FinishReason, Job, Prompt,
+    PromptForm, SubmitError, Timings, Usage, queue::Pace,
 };
 use mesh_graph::Footprint;
 use tokio::sync::{mpsc, watch};
@@ -44,6 +44,8 @@ pub struct Shared {
     pub pace: Mutex<Pace>,
     /// Bytes that sequences hold, remembered ones included.
     pub held_bytes: AtomicU64,
+    /// Bytes that they may hold, at the device thread's last look.
+    pub memory_now: AtomicU64,
 }
 
 impl Shared {
@@ -58,6 +60,7 @@ impl Shared {
             pulse: Pulse::default(),
             pace: Mutex::default(),
             held_bytes: AtomicU64::new(0),
+            memory_now: AtomicU64::new(u64::MAX),
         })
     }
 
@@ -110,10 +113,9 @@ pub struct MlxEngine {
 
 impl MlxEngine {
     fn place(&self) -> Result<Place, SubmitError> {
-        let max = self.capabilities.requests_parallel_max + self.capabilities.requests_queued_max;
-        let admitted = self.shared.admitted.fetch_add(1, Ordering::Relaxed);
-        if admitted >= max {
-            self.shared.admitted.fetch_sub(1, Ordering::Relaxed);
+        let max = self.capabilities.requests_parallel_max.saturating_add(self.capabilities.requests_queued_max);
+        let one_more = |admitted: u32| (admitted < max).then_some(admitted + 1);
+        if let Err(admitted) = self.shared.admitted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more) {
             let pace = *self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner);
             // Places are held from admission on, waiting included: all of them turn over in the time of one.
             return Err(SubmitError::Busy { running: admitted, retry_after: pace.retry_after(1, max) });
@@ -125,7 +127,11 @@ impl MlxEngine {
     fn fits(&self, tokens: u32) -> Result<(), SubmitError> {
         let Admission { footprint, memory_bytes, free_memory } = &self.admission;
         let needed_bytes = footprint.bytes(u64::from(tokens) + 1);
-        let available_bytes = free_memory.limit(*memory_bytes, self.shared.held_bytes.load(Ordering::Relaxed));
+        let available_bytes = match free_memory.kind {
+            DeviceKind::Cpu => free_memory.limit(*memory_bytes, self.shared.held_bytes.load(Ordering::Relaxed)),
+            // Nobody but its own thread waits for a device.
+            _ => self.shared.memory_now.load(Ordering::Relaxed).min(*memory_bytes),
+        };
         match needed_bytes > available_bytes {
             true => Err(SubmitError::Memory { tokens, needed_bytes, available_bytes }),
             false => Ok(()),
@@ -171,11 +177,11 @@ impl Engine for MlxEngine {
         if let Some(id) = prompt.iter().copied().find(|id| *id >= self.vocab_size) {
             return Err(SubmitError::UnknownToken { id, vocab_size: self.vocab_size });
         }
-        self.fits(length)?;
         let tokens_max = job.tokens_max.unwrap_or(u32::MAX).min(max - length);
         if self.shared.state.borrow().is_over() {
             return Err(self.gone());
         }
+        self.fits(length)?;
         let place = self.place()?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         if tokens_max == 0 {

@@ -16,14 +16,18 @@ use mesh_core::{
 use mesh_graph::{Cache, CacheKind, CausalModel, Rows, ffi, memory};
 use mlx_rs::{Array, Dtype, error::Exception, ops};
 use serde_json::{Value, json};
+use tokio::sync::RwLock;
 
 use crate::{
-    device::{Context, Start, start},
+    device::{Built, Context, Start, start},
     identity::Identity,
     settings::Settings,
 };
 
 const VOCAB: i32 = 64;
+
+/// All tests share the device: while one has it hang, others would fail as they should.
+static DEVICE: RwLock<()> = RwLock::const_new(());
 
 /// The token after 5 is 6, and after 63 it is 0.
 #[derive(Default)]
@@ -91,7 +95,7 @@ async fn counting(settings: Value, context_tokens: u32) -> (EngineHandle, Arc<Fa
         config: json!({ "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1 }),
         eos: vec![63],
         identity: Identity { weights: Vec::new(), circumstances: "counting".into() },
-        build: Box::new(move |_| Ok(Box::new(model))),
+        build: Box::new(move |_| Ok(Built { model: Box::new(model), weights_bytes: 0 })),
     })
     .await
     .unwrap();
@@ -133,7 +137,9 @@ fn after(from: u32, count: u32) -> Vec<u32> {
 
 #[tokio::test]
 async fn a_device_that_hangs_is_given_up_and_another_engine_serves() {
+    let _device = DEVICE.write().await;
     let (engine, faults) = counting(json!({ "step_s_max": 1 }), 100).await;
+    let (bystander, _) = counting(json!({}), 100).await;
     assert_eq!(count(&*engine, job(&[1], 3)).await, Ok((after(1, 3), FinishReason::Length)));
     faults.hang_ms.store(3000, Ordering::Relaxed);
     let (first, second) = (engine.submit(job(&[5], 9)).await.unwrap(), engine.submit(job(&[6], 9)).await.unwrap());
@@ -141,6 +147,9 @@ async fn a_device_that_hangs_is_given_up_and_another_engine_serves() {
         let error = tokens(events).await.unwrap_err();
         assert!(error.to_string().contains("no progress"), "{error}");
     }
+    // Whoever else needs the device is told, too, rather than left waiting.
+    let error = count(&*bystander, job(&[1], 3)).await.unwrap_err();
+    assert!(error.to_string().contains("does not end"), "{error}");
     // The device has not answered yet.
     assert!(matches!(engine.state_now(), EngineState::Failed(_)));
     assert!(matches!(engine.submit(job(&[1], 1)).await, Err(SubmitError::Gone { .. })));
@@ -152,6 +161,7 @@ async fn a_device_that_hangs_is_given_up_and_another_engine_serves() {
 
 #[tokio::test]
 async fn an_error_ends_those_it_concerns_and_nobody_else() {
+    let _device = DEVICE.read().await;
     let (engine, faults) = counting(json!({ "prefill_chunk_tokens": 8 }), 4000).await;
     // One that writes long, in a group of its own because of its length.
     let long: Vec<u32> = (0..1500).map(|at| at % 50).collect();
@@ -171,6 +181,7 @@ async fn an_error_ends_those_it_concerns_and_nobody_else() {
 
 #[tokio::test]
 async fn a_panic_reaches_everybody() {
+    let _device = DEVICE.read().await;
     let (engine, faults) = counting(json!({ "parallel_requests_max": 1 }), 200).await;
     faults.panic_at.store(41, Ordering::Relaxed);
     let runs = engine.submit(job(&[30], 100)).await.unwrap();
@@ -184,6 +195,7 @@ async fn a_panic_reaches_everybody() {
 
 #[tokio::test]
 async fn a_slow_reader_holds_up_itself_alone() {
+    let _device = DEVICE.read().await;
     let (engine, faults) = counting(json!({}), 4000).await;
     let mut slow = engine.submit(job(&[9], 2000)).await.unwrap();
     let _ = slow.next().await;
@@ -201,8 +213,33 @@ async fn a_slow_reader_holds_up_itself_alone() {
     assert_eq!(rest, after(first, rest.len() as u32));
 }
 
+/// Tokens that were known of a prompt that is asked twice.
+async fn known_again(settings: Value) -> u32 {
+    let (engine, _) = counting(settings, 600).await;
+    let prompt: Vec<u32> = (0..300).map(|at| at % 61).collect();
+    let mut known = 0;
+    for _ in 0..2 {
+        let events = engine.submit(job(&prompt, 3)).await.unwrap().collect::<Vec<_>>().await;
+        let Some(Ok(Event::Finished { usage, .. })) = events.last() else { panic!("{events:?}") };
+        assert_eq!(usage.completion_tokens, 3);
+        known = usage.cached_tokens;
+    }
+    known
+}
+
+#[tokio::test]
+async fn what_has_no_room_is_not_remembered_and_does_no_harm() {
+    let _device = DEVICE.read().await;
+    assert_eq!(known_again(json!({})).await, 299);
+    assert_eq!(known_again(json!({ "prefix_bytes_max": 0 })).await, 0);
+    // Less than half of the prompt.
+    let some = known_again(json!({ "prefix_bytes_max": 4000, "prefill_chunk_tokens": 32 })).await;
+    assert!(some < 150, "{some}");
+}
+
 #[tokio::test]
 async fn a_short_prompt_does_not_wait_for_a_long_one() {
+    let _device = DEVICE.read().await;
     let (engine, _) = counting(json!({ "prefill_chunk_tokens": 64 }), 8000).await;
     let long: Vec<u32> = (0..6000).map(|at| at % 61).collect();
     let mut slow = engine.submit(job(&long, 2)).await.unwrap();
@@ -227,6 +264,7 @@ async fn a_short_prompt_does_not_wait_for_a_long_one() {
 /// Random lengths, prompts that share beginnings, readers that leave: nobody gets another's answer, nothing is left over.
 #[tokio::test]
 async fn two_thousand_come_and_go_and_leave_nothing() {
+    let _device = DEVICE.read().await;
     let settings = json!({
         "parallel_requests_max": 8, "queue_requests_max": 64, "prefill_chunk_tokens": 32, "prefix_bytes_max": 1 << 20,
     });

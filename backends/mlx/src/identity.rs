@@ -17,6 +17,9 @@ pub struct Identity {
     pub circumstances: String,
 }
 
+/// What segments and points are made of, in which order; another layout gets another name.
+const LAYOUT: &str = "segments and points by layer, 1";
+
 /// The beginning of each file that is hashed whole: headers of safetensors with names, types and shapes.
 const HEAD_BYTES: u64 = 1 << 20;
 
@@ -31,6 +34,7 @@ impl Identity {
     pub fn hash(&self) -> io::Result<String> {
         let mut hash = Sha256::new();
         hash.update(env!("CARGO_PKG_VERSION"));
+        hash.update(LAYOUT);
         hash.update(self.circumstances.len().to_le_bytes());
         hash.update(&self.circumstances);
         for path in &self.weights {

@@ -63,16 +63,24 @@ impl Remembered {
     }
 
     /// Remembers the single sequence in `cache`, whose tokens these are, and where it ends if it can be taken up only
-    /// there.
-    pub fn keep(&mut self, tokens: &[u32], long: bool, cache: &Cache) -> Result<(), Exception> {
+    /// there; answers whether it is. What is remembered may take `room_bytes` in all: what does not fit is not even copied.
+    pub fn keep(&mut self, tokens: &[u32], long: bool, cache: &Cache, room_bytes: u64) -> Result<bool, Exception> {
         let key = key(tokens, long);
+        let footprint = cache.footprint();
+        let whole = footprint.token_bytes.saturating_mul(tokens.len() as u64);
+        let point = if self.needs_points { footprint.point_bytes(tokens.len() as u64) } else { 0 };
+        if whole.saturating_add(point) > room_bytes {
+            return Ok(false);
+        }
+        let new = |held: usize| footprint.token_bytes * (tokens.len() - held) as u64 + point;
+        self.evict(room_bytes.saturating_sub(new(self.store.held(&key))));
         let held = self.store.held(&key);
         let point = if self.needs_points { Some(cache.point()?) } else { None };
         if held == tokens.len() && point.is_none() {
-            return Ok(());
+            return Ok(true);
         }
         let segment = cache.segment(held as i32, tokens.len() as i32)?;
-        self.store.insert(&key, held, segment, point).map(|_| ())
+        self.store.insert(&key, held, segment, point).map(|_| true)
     }
 
     /// Forgets that a sequence could be taken up after exactly these tokens.

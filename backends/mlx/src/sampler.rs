@@ -101,7 +101,8 @@ impl Sampler {
     }
 
     fn way(&self) -> Way {
-        if self.temperature <= 0.0 || self.top_k == Some(1) {
+        // Divided by less, logits leave the range of f32.
+        if self.temperature < 1e-6 || self.top_k == Some(1) {
             Way::Greedy
         } else if self.top_p.is_some() || self.top_k.is_some() || self.min_p.is_some() {
             Way::Narrowed

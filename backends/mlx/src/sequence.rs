@@ -43,6 +43,10 @@ pub struct Sequence {
     pub long: bool,
     /// Tokens that were not computed, because they were known.
     pub cached: usize,
+    /// Whether it was sent back after tokens of it were computed.
+    pub computed_before: bool,
+    /// Where it keeps a point for no longer than until its next chunk.
+    pub own_point: Option<usize>,
     /// Chunks it has had.
     pub turns: u32,
     /// The position in the queue that was last told.
@@ -120,6 +124,11 @@ pub struct Outlet {
     sender: mpsc::Sender<Result<Event, EngineError>>,
     backlog: VecDeque<Result<Event, EngineError>>,
     since: Option<Instant>,
+    /// Set when the reader did not keep up, until it has caught up by half: a sequence that is set apart and put back for
+    /// each single event would have everybody's rows copied each time.
+    behind: bool,
+    /// Events that there was room for at the last look.
+    room: usize,
 }
 
 /// How an outlet stands.
@@ -136,7 +145,7 @@ pub enum Flow {
 impl Outlet {
     /// Over a bounded channel.
     pub fn new(sender: mpsc::Sender<Result<Event, EngineError>>) -> Self {
-        Self { sender, backlog: VecDeque::new(), since: None }
+        Self { sender, backlog: VecDeque::new(), since: None, behind: false, room: 0 }
     }
 
     /// Tells of progress, which may be left out where the reader does not keep up.
@@ -146,9 +155,14 @@ impl Outlet {
         }
     }
 
-    /// Whether everything was handed over.
+    /// Whether everything was handed over, and there is room for more.
     pub fn is_clear(&self) -> bool {
-        self.backlog.is_empty()
+        self.backlog.is_empty() && !self.behind
+    }
+
+    /// Whether something was not handed over yet.
+    pub fn has_backlog(&self) -> bool {
+        !self.backlog.is_empty()
     }
 
     /// Hands over an event; what the reader has no room for yet is kept. Its sequence writes no more until
@@ -162,6 +176,12 @@ impl Outlet {
         self.flush();
     }
 
+    /// A reader that took nothing for too long is given up.
+    fn patience(&mut self) -> Flow {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        if since.elapsed() > READER_PATIENCE { Flow::Lost } else { Flow::Blocked }
+    }
+
     /// Hands over what was kept, as far as there is room.
     pub fn flush(&mut self) -> Flow {
         while let Some(event) = self.backlog.pop_front() {
@@ -173,12 +193,24 @@ impl Outlet {
                 }
                 Err(mpsc::error::TrySendError::Full(event)) => {
                     self.backlog.push_front(event);
-                    let since = *self.since.get_or_insert_with(Instant::now);
-                    return if since.elapsed() > READER_PATIENCE { Flow::Lost } else { Flow::Blocked };
+                    self.behind = true;
+                    return self.patience();
                 }
             }
         }
-        if self.sender.is_closed() { Flow::Lost } else { Flow::Clear }
+        if self.sender.is_closed() {
+            return Flow::Lost;
+        }
+        let room = self.sender.capacity();
+        self.behind &= room < self.sender.max_capacity().div_ceil(2);
+        if !self.behind {
+            self.since = None;
+            return Flow::Clear;
+        }
+        if std::mem::replace(&mut self.room, room) != room {
+            self.since = None;
+        }
+        self.patience()
     }
 }
 
@@ -195,8 +227,10 @@ mod tests {
         outlet.tell(Event::Queued { ahead: 1 });
         assert_eq!(outlet.flush(), Flow::Blocked);
         assert_eq!(receiver.try_recv().unwrap(), Ok(Event::Token { id: 1 }));
-        assert_eq!(outlet.flush(), Flow::Clear);
+        assert_eq!(outlet.flush(), Flow::Blocked, "it has caught up by nothing yet");
+        assert!(!outlet.has_backlog() && !outlet.is_clear());
         assert_eq!(receiver.try_recv().unwrap(), Ok(Event::Token { id: 2 }));
+        assert_eq!(outlet.flush(), Flow::Clear);
         assert!(receiver.try_recv().is_err());
         drop(receiver);
         assert_eq!(outlet.flush(), Flow::Lost);

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -24,10 +24,12 @@ pub enum Doing {
     Recall,
     /// Remembering.
     Remember,
+    /// First tokens of a model that was just loaded.
+    Load,
 }
 
 impl Doing {
-    const ALL: [Self; 4] = [Self::Read, Self::Write, Self::Recall, Self::Remember];
+    const ALL: [Self; 5] = [Self::Read, Self::Write, Self::Recall, Self::Remember, Self::Load];
 
     fn words(self) -> &'static str {
         match self {
@@ -35,6 +37,7 @@ impl Doing {
             Self::Write => "writing a token",
             Self::Recall => "taking up a known prefix",
             Self::Remember => "remembering a prefix",
+            Self::Load => "computing first tokens",
         }
     }
 }
@@ -46,6 +49,15 @@ pub struct Pulse {
     /// Milliseconds since the epoch, plus one; 0 between steps.
     since: AtomicU64,
     doing: AtomicU8,
+    given_up: AtomicBool,
+}
+
+/// Steps that were given up and have not ended: they hold the device.
+static HANGING: AtomicU32 = AtomicU32::new(0);
+
+/// Whether a step that was given up holds the device.
+pub fn hangs() -> bool {
+    HANGING.load(Ordering::Relaxed) > 0
 }
 
 /// A step under way; over when dropped.
@@ -53,7 +65,12 @@ pub struct Step<'a>(&'a Pulse);
 
 impl Default for Pulse {
     fn default() -> Self {
-        Self { epoch: Instant::now(), since: AtomicU64::new(0), doing: AtomicU8::new(0) }
+        Self {
+            epoch: Instant::now(),
+            since: AtomicU64::new(0),
+            doing: AtomicU8::new(0),
+            given_up: AtomicBool::new(false),
+        }
     }
 }
 
@@ -80,6 +97,9 @@ impl Pulse {
 impl Drop for Step<'_> {
     fn drop(&mut self) {
         self.0.since.store(0, Ordering::Release);
+        if self.0.given_up.swap(false, Ordering::Relaxed) {
+            HANGING.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -96,6 +116,12 @@ pub async fn watch(shared: Arc<Shared>, step_max: Duration) {
         if let Some((taken, doing)) = shared.pulse.under_way().filter(|(taken, _)| *taken > step_max) {
             let what = format!("the device made no progress for {} s while {}", taken.as_secs(), doing.words());
             tracing::error!("{what}; the engine is given up");
+            HANGING.fetch_add(1, Ordering::Relaxed);
+            shared.pulse.given_up.store(true, Ordering::Relaxed);
+            // It may have ended just now, and not have seen that.
+            if shared.pulse.under_way().is_none() && shared.pulse.given_up.swap(false, Ordering::Relaxed) {
+                HANGING.fetch_sub(1, Ordering::Relaxed);
+            }
             shared.state.send_if_modified(|state| {
                 let alive = !state.is_over();
                 if alive {

@@ -16,7 +16,7 @@ use crate::{
 impl Runner {
     /// Hands over what readers have room for, lets go of those who left, and keeps those who do not keep up apart.
     pub(super) fn see_who_left(&mut self) {
-        self.leaving.retain_mut(|outlet| outlet.flush() == Flow::Blocked);
+        self.leaving.retain_mut(|outlet| outlet.flush() == Flow::Blocked && outlet.has_backlog());
         let flows: Vec<(Id, Flow)> =
             self.sequences.iter_mut().map(|(id, sequence)| (*id, sequence.outlet.flush())).collect();
         let lost: Vec<Id> = flows.iter().filter(|(_, flow)| *flow == Flow::Lost).map(|(id, _)| *id).collect();
@@ -87,7 +87,7 @@ impl Runner {
     }
 
     pub(super) fn leave(&mut self, mut outlet: Outlet) {
-        if outlet.flush() == Flow::Blocked {
+        if outlet.flush() == Flow::Blocked && outlet.has_backlog() {
             self.leaving.push(outlet);
         }
     }
@@ -99,9 +99,10 @@ impl Runner {
             return;
         }
         {
+            let room = self.room_to_remember();
             let _gate = gate();
             let _doing = self.shared.doing(Doing::Remember);
-            if let Err(error) = self.remembered.keep(&sequence.tokens[..length], sequence.long, cache) {
+            if let Err(error) = self.remembered.keep(&sequence.tokens[..length], sequence.long, cache, room) {
                 tracing::warn!(request = sequence.job, "not remembered: {}", error.what());
             }
         }

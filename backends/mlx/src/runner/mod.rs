@@ -39,6 +39,8 @@ pub struct Runner {
     shared: Arc<Shared>,
     eos: Vec<u32>,
     limits: Limits,
+    /// Bytes for sequences at the last look: the limit, or less while other programs hold memory.
+    memory_now: u64,
     footprint: Footprint,
     sizes: Sizes,
     free_memory: FreeMemory,
@@ -84,6 +86,7 @@ impl Runner {
             model,
             shared,
             eos,
+            memory_now: limits.memory_bytes,
             limits,
             footprint,
             sizes,
@@ -206,6 +209,8 @@ impl Runner {
             cache: None,
             long,
             cached: 0,
+            computed_before: false,
+            own_point: None,
             turns: 0,
             told_ahead: None,
             told_why: false,
@@ -250,13 +255,17 @@ impl Runner {
             chunks: self.chunks,
             memory_bytes: self.limits.memory_bytes,
         };
-        // What is remembered can be forgotten, so it counts as free.
         let used = schedule::used_bytes(&view, &self.footprint, 0);
-        let held = used.saturating_add(self.remembered.bytes());
+        // What is held now, and not what is promised: that is still among what is free. What is remembered can be forgotten.
+        let read = self.reading.iter().filter_map(|id| self.sequences.get(id)?.cache.as_ref());
+        let read: u64 = read.map(|cache| self.footprint.bytes(cache.len() as u64)).sum();
+        let held = read.saturating_add(self.written_bytes()).saturating_add(self.remembered.bytes());
         self.shared.held_bytes.store(held, Ordering::Relaxed);
         if !waiting.is_empty() {
-            view.memory_bytes = self.free_memory.limit(self.limits.memory_bytes, held);
+            self.memory_now = self.free_memory.limit(self.limits.memory_bytes, held);
+            self.shared.memory_now.store(self.memory_now, Ordering::Relaxed);
         }
+        view.memory_bytes = self.memory_now;
         let step = schedule::next(&view, &self.limits, &self.footprint);
         if let (Some(first), false) = (waiting.first(), matches!(step, Step::Admit(_)))
             && let Some(sequence) = self.sequences.get_mut(&first.id)

@@ -5,7 +5,7 @@ use mesh_graph::{Rows, memory};
 use mlx_rs::{Array, error::Exception, transforms};
 
 use super::Runner;
-use crate::{device::gate, group::Group, memory::CHUNK_BYTES_MAX, schedule::Id, watchdog::Doing};
+use crate::{device::gate, group::Group, memory::CHUNK_BYTES_MAX, schedule::Id, sequence::Sequence, watchdog::Doing};
 
 impl Runner {
     pub(super) fn admit(&mut self, id: Id) {
@@ -34,10 +34,25 @@ impl Runner {
 
     /// Keeps what is remembered within the memory that sequences leave.
     pub(super) fn forget_what_is_in_the_way(&mut self) {
+        let room = self.room_to_remember();
+        if self.remembered.bytes() > room {
+            // What goes to a file is read from the device.
+            let _gate = gate();
+            let _doing = self.shared.doing(Doing::Remember);
+            self.remembered.evict(room);
+        }
+    }
+
+    /// Bytes that sequences leave to what is remembered.
+    pub(super) fn room_to_remember(&self) -> u64 {
+        let sequences = self.read_bytes().saturating_add(self.written_bytes());
+        self.memory_now.saturating_sub(sequences).min(self.limits.remembered_bytes_max)
+    }
+
+    /// Bytes that prompts take once they are read.
+    pub(super) fn read_bytes(&self) -> u64 {
         let reading = self.reading.iter().filter_map(|id| self.sequences.get(id));
-        let read: u64 = reading.map(|sequence| self.footprint.bytes(sequence.tokens.len() as u64)).sum();
-        let left = self.limits.memory_bytes.saturating_sub(read).saturating_sub(self.written_bytes());
-        self.remembered.evict(left.min(self.limits.remembered_bytes_max));
+        reading.map(|sequence| self.footprint.bytes(sequence.tokens.len() as u64)).fold(0, u64::saturating_add)
     }
 
     pub(super) fn preempt(&mut self, id: Id) {
@@ -54,7 +69,8 @@ impl Runner {
         if let Some(cache) = cache {
             self.remember(&sequence, &cache);
         }
-        self.sequences.insert(id, sequence);
+        // What it finds known later, it has computed itself.
+        self.sequences.insert(id, Sequence { computed_before: true, ..sequence });
         self.waiting.insert(0, id);
         self.forget_what_is_in_the_way();
     }
@@ -66,13 +82,20 @@ impl Runner {
         if self.remembered.known(&sequence.tokens, sequence.long) > has {
             let _gate = gate();
             let _doing = self.shared.doing(Doing::Recall);
-            if let Some(mut cache) = self.remembered.recall(&sequence.tokens, sequence.long)? {
-                let known = cache.len() as usize;
-                cache.expect(sequence.tokens.len() as i32);
-                sequence.cached += known - has;
-                sequence.cache = Some(cache);
+            match self.remembered.recall(&sequence.tokens, sequence.long) {
+                Ok(Some(mut cache)) => {
+                    let known = cache.len() as usize;
+                    cache.expect(sequence.tokens.len() as i32);
+                    sequence.cached += if sequence.computed_before { 0 } else { known.saturating_sub(has) };
+                    sequence.cache = Some(cache);
+                }
+                Ok(None) => {}
+                // It is computed as if it had not been known.
+                Err(error) => tracing::warn!(request = sequence.job, "not taken up: {}", error.what()),
             }
         }
+        self.forget_what_is_in_the_way();
+        let Some(sequence) = self.sequences.get_mut(&id) else { return Ok(()) };
         if sequence.written() == 0 {
             let done = sequence.cache.as_ref().map_or(0, |cache| cache.len() as u32);
             let cached = sequence.cached as u32;
@@ -107,6 +130,7 @@ impl Runner {
         if !self.reading.contains(&id) {
             return Ok(());
         }
+        let room = self.room_to_remember();
         let Some(sequence) = self.sequences.get_mut(&id) else { return Ok(()) };
         sequence.turns += 1;
         let mut cache = sequence.cache.take().unwrap_or_else(|| self.model.new_cache());
@@ -138,22 +162,32 @@ impl Runner {
             total: sequence.prompt as u32,
             cached: sequence.cached as u32,
         });
+        let mut own_point = None;
         {
             let _gate = gate();
             let _doing = shared.doing(Doing::Remember);
             let (tokens, long) = (&sequence.tokens[..end], sequence.long);
-            self.remembered.keep(tokens, long, &cache)?;
-            // A chunk's end is worth a point only until the next one.
-            if self.remembered.needs_points && done > 0 && !sequence.is_landmark(done) {
-                self.remembered.drop_point(&tokens[..done], long);
-            }
-            if sequence.landmarks.preamble_end.is_some_and(|preamble| (done..=end).contains(&(preamble as usize))) {
-                let preamble = sequence.landmarks.preamble_end.unwrap_or(0) as usize;
-                self.remembered.pin(&tokens[..preamble], long)?;
+            let kept = self.remembered.keep(tokens, long, &cache, room).and_then(|kept| {
+                // A chunk's end is worth a point only until the next one; others' points are not ours to drop.
+                if let Some(own) = sequence.own_point.filter(|_| kept) {
+                    self.remembered.drop_point(&tokens[..own], long);
+                }
+                own_point = (kept && self.remembered.needs_points && !sequence.is_landmark(end)).then_some(end);
+                match sequence.landmarks.preamble_end.map(|preamble| preamble as usize) {
+                    Some(preamble) if (done..=end).contains(&preamble) => {
+                        self.remembered.pin(&tokens[..preamble], long)
+                    }
+                    _ => Ok(()),
+                }
+            });
+            // That it is not remembered is no fault of the answer.
+            if let Err(error) = kept {
+                tracing::warn!(request = sequence.job, "not remembered: {}", error.what());
             }
         }
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.cache = Some(cache);
+            sequence.own_point = own_point;
         }
         self.forget_what_is_in_the_way();
         self.begin_writing_if_read(id)

@@ -39,6 +39,8 @@ impl Runner {
             };
             self.writing.extend(group);
         }
+        // Everybody is longer now.
+        self.forget_what_is_in_the_way();
     }
 
     /// Bytes that groups take after their next step, padding included.
@@ -60,7 +62,7 @@ impl Runner {
                 return;
             }
             let extents: Vec<_> = ready.iter().map(|at| self.writing[*at].extent()).collect();
-            let spare = self.limits.memory_bytes.saturating_sub(self.written_bytes());
+            let spare = self.memory_now.saturating_sub(self.written_bytes()).saturating_sub(self.read_bytes());
             let Some((a, b)) = schedule::joinable(&extents, ROWS_MAX, spare, &self.footprint) else { return };
             // The later one first, so that the other keeps its place.
             let second = self.writing.remove(ready[b]);

@@ -198,6 +198,12 @@ pub struct Footprint {
 }
 
 impl Footprint {
+    /// Bytes of a [`Point`] after so many tokens.
+    pub fn point_bytes(&self, tokens: u64) -> u64 {
+        let windows = self.windows.iter().map(|(window, bytes)| tokens.min(u64::from(*window)) * bytes);
+        windows.sum::<u64>() + self.state_bytes
+    }
+
     /// Bytes that a sequence of so many tokens takes, with the room its buffers have.
     pub fn bytes(&self, tokens: u64) -> u64 {
         let step = STEP_TOKENS as u64;
