@@ -225,12 +225,14 @@ impl Owner {
         }
     }
 
-    /// An engine's end and a request may arrive together: the end comes first, so that the request starts it again.
+    /// An engine's end and a request may arrive together: the end comes first, so that the request starts it again. Looked at
+    /// rather than polled: a task that has done much in a row is told that nothing is ready, to give way to others.
     fn notice_the_end(&mut self) {
-        if let Work::Watching(watching) = &mut self.work
-            && let Some(state) = watching.ended.as_mut().now_or_never()
-        {
-            self.ended(state);
+        if let Work::Watching(watching) = &self.work {
+            let state = watching.serving.model.handle.state_now();
+            if state.is_over() {
+                self.ended(state);
+            }
         }
     }
 
