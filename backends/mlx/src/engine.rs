@@ -174,7 +174,8 @@ impl Engine for MlxEngine {
         if length >= max {
             return Err(SubmitError::TooLong { prompt: length, max });
         }
-        if let Some(id) = prompt.iter().copied().find(|id| *id >= self.vocab_size) {
+        let mut named = prompt.iter().chain(job.sampling.logit_bias.keys()).copied();
+        if let Some(id) = named.find(|id| *id >= self.vocab_size) {
             return Err(SubmitError::UnknownToken { id, vocab_size: self.vocab_size });
         }
         let tokens_max = job.tokens_max.unwrap_or(u32::MAX).min(max - length);

@@ -180,6 +180,15 @@ async fn an_error_ends_those_it_concerns_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn a_bias_on_a_token_that_is_not_there_is_refused() {
+    let _device = DEVICE.read().await;
+    let (engine, _) = counting(json!({}), 100).await;
+    let sampling = Sampling { logit_bias: [(600, 1.0)].into(), ..Sampling::greedy() };
+    let refused = engine.submit(Job { sampling, ..job(&[1], 1) }).await.err();
+    assert_eq!(refused, Some(SubmitError::UnknownToken { id: 600, vocab_size: VOCAB as u32 }));
+}
+
+#[tokio::test]
 async fn a_panic_reaches_everybody() {
     let _device = DEVICE.read().await;
     let (engine, faults) = counting(json!({ "parallel_requests_max": 1 }), 200).await;
