@@ -21,13 +21,10 @@ pub struct Answer {
 /// A greedy job.
 pub fn job(prompt: Prompt, tokens_max: u32) -> Job {
     Job {
-        id: "conformance".into(),
-        prompt,
         sampling: Sampling::greedy(),
         tokens_max: Some(tokens_max),
         ignore_eos: true,
-        logprobs: None,
-        landmarks: Landmarks::default(),
+        ..Job::new("conformance", prompt)
     }
 }
 
@@ -40,7 +37,7 @@ pub async fn run(engine: &dyn Engine, job: Job) -> Result<Answer, EngineError> {
         match event? {
             Event::Queued { .. } => {}
             Event::Prefill { done, total, cached } => assert!(cached <= done && done <= total),
-            Event::Token { id } => tokens.push(id),
+            Event::Token { id, .. } => tokens.push(id),
             Event::Text { text: piece, .. } => text.push_str(&piece),
             Event::Finished { reason, usage, .. } => finished = Some((reason, usage)),
         }

@@ -268,7 +268,7 @@ impl Running {
                 let tokens = piece.tokens_predicted.saturating_sub(reported);
                 reported = reported.max(piece.tokens_predicted);
                 let text = piece.content.clone();
-                self.pass(Event::Text { text, tokens }).await;
+                self.pass(Event::Text { text, tokens, logprobs: Vec::new() }).await;
             }
             if piece.stop == Some(true) {
                 let (reason, usage, timings) = piece.finish(prompt_tokens);

@@ -123,9 +123,7 @@ async fn engine(answer: Answer) -> (LlamaEngine, mpsc::UnboundedReceiver<()>) {
 }
 
 fn job(prompt: Prompt) -> Job {
-    let sampling = Sampling::greedy();
-    let landmarks = mesh_core::Landmarks::default();
-    Job { id: "test".into(), prompt, sampling, tokens_max: None, ignore_eos: false, logprobs: None, landmarks }
+    Job { sampling: Sampling::greedy(), ..Job::new("test", prompt) }
 }
 
 fn text() -> Job {
@@ -163,8 +161,8 @@ async fn a_whole_answer() {
     let events: Vec<_> =
         events(engine.submit(text()).await.unwrap()).await.into_iter().collect::<Result<_, _>>().unwrap();
     assert_eq!(events[0], Event::Prefill { done: 3, total: 3, cached: 1 });
-    assert_eq!(events[1], Event::Text { text: "a".into(), tokens: 1 });
-    assert_eq!(events[2], Event::Text { text: "é".into(), tokens: 2 });
+    assert_eq!(events[1], Event::Text { text: "a".into(), tokens: 1, logprobs: Vec::new() });
+    assert_eq!(events[2], Event::Text { text: "é".into(), tokens: 2, logprobs: Vec::new() });
     let Event::Finished { reason, usage, .. } = &events[3] else { panic!("{events:?}") };
     assert_eq!(*reason, FinishReason::Stop);
     assert_eq!((usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens), (3, 1, 4));
@@ -220,7 +218,7 @@ async fn nobody_at_the_port_is_gone() {
 async fn dropping_the_stream_closes_the_connection() {
     let (engine, mut closings) = engine(Answer::Silent(PIECE)).await;
     let mut stream = engine.submit(text()).await.unwrap();
-    assert_eq!(stream.next().await, Some(Ok(Event::Text { text: "a".into(), tokens: 1 })));
+    assert_eq!(stream.next().await, Some(Ok(Event::Text { text: "a".into(), tokens: 1, logprobs: Vec::new() })));
     assert!(closings.try_recv().is_err());
     drop(stream);
     timeout(Duration::from_secs(2), closings.recv()).await.expect("the connection stayed open").unwrap();
@@ -257,7 +255,7 @@ async fn whoever_waits_is_told_the_position_and_whenever_it_changes() {
         streams.push(engine.submit(text()).await.unwrap());
     }
     let next = async |stream: &mut EventStream| timeout(SOON, stream.next()).await.unwrap().unwrap().unwrap();
-    let runs = Event::Text { text: "a".into(), tokens: 1 };
+    let runs = Event::Text { text: "a".into(), tokens: 1, logprobs: Vec::new() };
     assert_eq!(next(&mut streams[0]).await, runs);
     for ahead in 0..3 {
         assert_eq!(next(&mut streams[1 + ahead as usize]).await, Event::Queued { ahead });

@@ -45,6 +45,7 @@ pub(crate) fn capabilities(
         requests_parallel_max,
         requests_queued_max,
         prefix_reuse: true,
+        embeddings: false,
         vision: false,
     }
 }

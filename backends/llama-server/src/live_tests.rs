@@ -106,15 +106,7 @@ pub(crate) fn golden(dir: &Path) -> (Vec<u32>, Vec<u32>) {
 }
 
 pub(crate) fn job(tokens: Vec<u32>, sampling: Sampling, tokens_max: u32) -> Job {
-    Job {
-        id: "test".into(),
-        prompt: Prompt::Tokens(tokens),
-        sampling,
-        tokens_max: Some(tokens_max),
-        ignore_eos: true,
-        logprobs: None,
-        landmarks: mesh_core::Landmarks::default(),
-    }
+    Job { sampling, tokens_max: Some(tokens_max), ignore_eos: true, ..Job::new("test", Prompt::Tokens(tokens)) }
 }
 
 pub(crate) async fn answer(engine: &EngineHandle, job: Job) -> (String, FinishReason, Usage) {
@@ -123,7 +115,7 @@ pub(crate) async fn answer(engine: &EngineHandle, job: Job) -> (String, FinishRe
     let (mut text, mut counted) = (String::new(), 0);
     for event in &events {
         match event.as_ref().unwrap() {
-            Event::Text { text: piece, tokens } => {
+            Event::Text { text: piece, tokens, .. } => {
                 text.push_str(piece);
                 counted += tokens;
             }

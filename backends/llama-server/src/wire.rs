@@ -272,15 +272,7 @@ mod tests {
     use serde_json::json;
 
     fn job(sampling: Sampling) -> Job {
-        Job {
-            id: "j".into(),
-            prompt: Prompt::Tokens(vec![1, 2, 3]),
-            sampling,
-            tokens_max: None,
-            ignore_eos: false,
-            logprobs: None,
-            landmarks: mesh_core::Landmarks::default(),
-        }
+        Job { sampling, ..Job::new("j", Prompt::Tokens(vec![1, 2, 3])) }
     }
 
     #[test]

@@ -104,13 +104,10 @@ async fn counting(settings: Value, context_tokens: u32) -> (EngineHandle, Arc<Fa
 
 fn job(prompt: &[u32], tokens_max: u32) -> Job {
     Job {
-        id: "test".into(),
-        prompt: Prompt::Tokens(prompt.to_vec()),
         sampling: Sampling::greedy(),
         tokens_max: Some(tokens_max),
         ignore_eos: true,
-        logprobs: None,
-        landmarks: Landmarks::default(),
+        ..Job::new("test", Prompt::Tokens(prompt.to_vec()))
     }
 }
 
@@ -118,7 +115,7 @@ async fn tokens(mut events: EventStream) -> Result<(Vec<u32>, FinishReason), Eng
     let mut written = Vec::new();
     loop {
         match events.next().await.expect("a last event") {
-            Ok(Event::Token { id }) => written.push(id),
+            Ok(Event::Token { id, .. }) => written.push(id),
             Ok(Event::Finished { reason, .. }) => return Ok((written, reason)),
             Ok(Event::Queued { .. } | Event::Prefill { .. } | Event::Text { .. }) => {}
             Err(error) => return Err(error),

@@ -108,6 +108,7 @@ pub fn capabilities(context_tokens_max: u32, requests_parallel_max: u32) -> Capa
         requests_parallel_max,
         requests_queued_max: QUEUE_REQUESTS_MAX,
         prefix_reuse: true,
+        embeddings: false,
         vision: false,
     }
 }

@@ -81,7 +81,7 @@ impl Sequence {
         if self.eos.contains(&token) {
             return After::Ends(FinishReason::Stop);
         }
-        self.outlet.send(Event::Token { id: token });
+        self.outlet.send(Event::Token { id: token, logprob: None });
         if self.written() >= self.tokens_max { After::Ends(FinishReason::Length) } else { After::GoesOn }
     }
 
@@ -222,14 +222,14 @@ mod tests {
     fn a_slow_reader_loses_no_token_and_is_told_of_progress_only_when_it_keeps_up() {
         let (sender, mut receiver) = mpsc::channel(1);
         let mut outlet = Outlet::new(sender);
-        outlet.send(Event::Token { id: 1 });
-        outlet.send(Event::Token { id: 2 });
+        outlet.send(Event::Token { id: 1, logprob: None });
+        outlet.send(Event::Token { id: 2, logprob: None });
         outlet.tell(Event::Queued { ahead: 1 });
         assert_eq!(outlet.flush(), Flow::Blocked);
-        assert_eq!(receiver.try_recv().unwrap(), Ok(Event::Token { id: 1 }));
+        assert_eq!(receiver.try_recv().unwrap(), Ok(Event::Token { id: 1, logprob: None }));
         assert_eq!(outlet.flush(), Flow::Blocked, "it has caught up by nothing yet");
         assert!(!outlet.has_backlog() && !outlet.is_clear());
-        assert_eq!(receiver.try_recv().unwrap(), Ok(Event::Token { id: 2 }));
+        assert_eq!(receiver.try_recv().unwrap(), Ok(Event::Token { id: 2, logprob: None }));
         assert_eq!(outlet.flush(), Flow::Clear);
         assert!(receiver.try_recv().is_err());
         drop(receiver);

@@ -45,13 +45,21 @@ pub enum Knob {
     TopP,
     TopK,
     MinP,
+    TypicalP,
+    Xtc,
+    Dry,
     Seed,
     RepetitionPenalty,
     PresencePenalty,
     FrequencyPenalty,
     LogitBias,
     IgnoreEos,
+    MinTokens,
     Logprobs,
+    /// JSON objects and JSON schemas.
+    JsonSchema,
+    Regex,
+    Lark,
 }
 
 impl Knob {
@@ -62,13 +70,18 @@ impl Knob {
             Self::TopP => "top_p",
             Self::TopK => "top_k",
             Self::MinP => "min_p",
+            Self::TypicalP => "typical_p",
+            Self::Xtc => "xtc_probability",
+            Self::Dry => "dry_multiplier",
             Self::Seed => "seed",
             Self::RepetitionPenalty => "repetition_penalty",
             Self::PresencePenalty => "presence_penalty",
             Self::FrequencyPenalty => "frequency_penalty",
             Self::LogitBias => "logit_bias",
             Self::IgnoreEos => "ignore_eos",
+            Self::MinTokens => "min_tokens",
             Self::Logprobs => "logprobs",
+            Self::JsonSchema | Self::Regex | Self::Lark => "response_format",
         }
     }
 }
@@ -96,6 +109,8 @@ pub struct Capabilities {
     pub requests_queued_max: u32,
     /// True if a prompt's known prefix is not computed again.
     pub prefix_reuse: bool,
+    /// True if it gives embeddings.
+    pub embeddings: bool,
     /// True if images are understood.
     pub vision: bool,
 }

@@ -226,6 +226,7 @@ mod tests {
             requests_parallel_max: 1,
             requests_queued_max: 0,
             prefix_reuse: false,
+            embeddings: false,
             vision: false,
         };
         let device = Device { kind: DeviceKind::Cpu, name: String::new(), memory_bytes: None };

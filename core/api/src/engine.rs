@@ -10,7 +10,8 @@ use tokio::sync::watch;
 use crate::{
     backend::{BackendInfo, Device},
     capability::{Capabilities, Knob},
-    error::{EngineError, SubmitError},
+    constraint::Constraint,
+    error::{EmbedError, EngineError, SubmitError},
     sampling::Sampling,
 };
 
@@ -40,10 +41,14 @@ pub struct Job {
     pub sampling: Sampling,
     /// Most tokens to generate; absent means up to the end of the context.
     pub tokens_max: Option<u32>,
+    /// Tokens before which no end-of-text token is drawn.
+    pub tokens_min: Option<u32>,
     /// Go on past end-of-text tokens.
     pub ignore_eos: bool,
     /// Alternatives to report with each token; absent reports no probabilities.
     pub logprobs: Option<u32>,
+    /// What the answer has to be.
+    pub constraint: Option<Constraint>,
     /// Where other prompts are likely to part from this one.
     pub landmarks: Landmarks,
 }
@@ -60,11 +65,28 @@ pub struct Landmarks {
 }
 
 impl Job {
+    /// A job that continues `prompt`, with nothing set.
+    pub fn new(id: impl Into<String>, prompt: Prompt) -> Self {
+        Self {
+            id: id.into(),
+            prompt,
+            sampling: Sampling::default(),
+            tokens_max: None,
+            tokens_min: None,
+            ignore_eos: false,
+            logprobs: None,
+            constraint: None,
+            landmarks: Landmarks::default(),
+        }
+    }
+
     /// The request parameters that are set.
     pub fn knobs(&self) -> Vec<Knob> {
         let mut knobs = self.sampling.knobs();
+        knobs.extend(self.tokens_min.map(|_| Knob::MinTokens));
         knobs.extend(self.ignore_eos.then_some(Knob::IgnoreEos));
         knobs.extend(self.logprobs.map(|_| Knob::Logprobs));
+        knobs.extend(self.constraint.as_ref().map(|constraint| constraint.grammar.knob()));
         knobs
     }
 }
@@ -99,6 +121,57 @@ pub struct Timings {
     pub decode: Duration,
 }
 
+/// A token that could have been chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Candidate {
+    /// Its id.
+    pub id: u32,
+    /// Its bytes, from engines whose output form is text.
+    pub bytes: Option<Vec<u8>>,
+    /// The natural logarithm of its probability before any sampling step: the softmax of the model's own logits.
+    pub logprob: f32,
+}
+
+/// The token that was chosen, and the likeliest ones in its place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The chosen one.
+    pub chosen: Candidate,
+    /// As many as the job asks for, likeliest first.
+    pub top: Vec<Candidate>,
+}
+
+/// Texts to be turned into vectors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Embed {
+    /// Names it in logs.
+    pub id: String,
+    /// The texts, each as in [`Job::prompt`].
+    pub inputs: Vec<Prompt>,
+    /// How the states of an input's tokens become one vector.
+    pub pooling: Pooling,
+}
+
+/// How the last layer's states, after the last norm, become one vector.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// Their mean.
+    #[default]
+    Mean,
+    /// That of the last token.
+    Last,
+}
+
+/// Vectors for texts.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Embedded {
+    /// One for each input, of length 1.
+    pub vectors: Vec<Vec<f32>>,
+    /// Tokens in all inputs.
+    pub prompt_tokens: u32,
+}
+
 /// What an engine reports about one job. The stream ends with exactly one [`Event::Finished`] or one error.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -120,6 +193,8 @@ pub enum Event {
     Token {
         /// Its id.
         id: u32,
+        /// How likely it was, where the job asks for it.
+        logprob: Option<Box<TokenLogprob>>,
     },
     /// A piece of text, from engines whose output form is text.
     Text {
@@ -127,6 +202,8 @@ pub enum Event {
         text: String,
         /// Tokens it was made of.
         tokens: u32,
+        /// How likely each was, where the job asks for it.
+        logprobs: Vec<TokenLogprob>,
     },
     /// The end.
     Finished {
@@ -173,6 +250,12 @@ pub trait Engine: Send + Sync {
 
     /// Admits or refuses at once. An admitted job ends by itself, or when the stream is dropped.
     async fn submit(&self, job: Job) -> Result<EventStream, SubmitError>;
+
+    /// Turns texts into vectors, where the capabilities say so. Dropping the future gives it up within one step.
+    async fn embed(&self, embed: Embed) -> Result<Embedded, EmbedError> {
+        let _ = embed;
+        Err(EmbedError::Unsupported)
+    }
 
     /// Refuses new jobs, lets running ones finish for `grace`, cancels the rest, gives back what it holds, and returns
     /// when the state is over. May be called more than once.

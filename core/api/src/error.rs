@@ -279,6 +279,20 @@ pub enum EngineError {
     Stopped,
 }
 
+/// Texts that could not be turned into vectors.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EmbedError {
+    /// The engine gives none.
+    #[error("this model's backend gives no embeddings")]
+    Unsupported,
+    /// They were not admitted.
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    /// They were, and not finished.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
 /// Rendering a prompt.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {

@@ -5,13 +5,14 @@
 //! - [`backend`], [`capability`], [`election`]: who can serve it, how well, and who is chosen.
 //! - [`engine`]: a loaded model: jobs in, events out.
 //! - [`queue`]: who waits for a place in an engine, and for how long.
-//! - [`sampling`], [`chat`]: what a request says.
+//! - [`sampling`], [`constraint`], [`chat`]: what a request says.
 //! - [`registry`]: discovery of what the binary links.
 //! - [`error`]: one small enum for each moment that can fail.
 
 pub mod backend;
 pub mod capability;
 pub mod chat;
+pub mod constraint;
 pub mod election;
 pub mod engine;
 pub mod error;
@@ -28,13 +29,15 @@ pub use inventory as __inventory;
 
 pub use backend::{BackendInfo, Device, DeviceKind, Host, InferenceBackend, LoadPlan, OptIn};
 pub use capability::{Capabilities, Knob, OutputForm, PromptForm};
+pub use constraint::{Constraint, Follower, Grammar, Rules};
 pub use election::{Ballot, Elected, ElectionRequest, Offer, Reason, Refusal, Verdict, elect};
 pub use engine::{
-    Engine, EngineHandle, EngineState, Event, EventStream, FinishReason, Job, Landmarks, Prompt, Timings, Usage,
+    Candidate, Embed, Embedded, Engine, EngineHandle, EngineState, Event, EventStream, FinishReason, Job, Landmarks,
+    Pooling, Prompt, Timings, TokenLogprob, Usage,
 };
-pub use error::{ElectionError, EngineError, Hint, LoadError, ProbeError, SubmitError, TemplateError};
+pub use error::{ElectionError, EmbedError, EngineError, Hint, LoadError, ProbeError, SubmitError, TemplateError};
 pub use family::{Claims, Conventions, Fingerprint, ModelFamily, Thinking};
 pub use profile::{ChatTemplate, Fact, ModelProfile, Quantization, Source, WeightFormat};
 pub use progress::{Progress, ProgressSink, Stage};
 pub use registry::{Registry, RegistryError, UnknownName};
-pub use sampling::Sampling;
+pub use sampling::{Dry, Sampling, Xtc};

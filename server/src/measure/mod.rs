@@ -81,13 +81,10 @@ async fn run(engine: &dyn Engine, workload: Workload, index: u32) -> Result<Run,
 /// A greedy job that ends only when it has written so many tokens.
 fn job(id: String, prompt: Vec<u32>, generate_tokens: u32) -> Job {
     Job {
-        id,
-        prompt: Prompt::Tokens(prompt),
         sampling: Sampling::greedy(),
         tokens_max: Some(generate_tokens),
         ignore_eos: true,
-        logprobs: None,
-        landmarks: Landmarks::default(),
+        ..Job::new(id, Prompt::Tokens(prompt))
     }
 }
 
@@ -110,7 +107,7 @@ async fn time(engine: &dyn Engine, job: Job) -> Result<Timed, MeasureError> {
     let (mut times, mut tokens, mut usage) = (Vec::new(), Vec::new(), Usage::default());
     while let Some(event) = events.next().await {
         match event? {
-            Event::Token { id } => {
+            Event::Token { id, .. } => {
                 times.push(Instant::now());
                 tokens.push(id);
             }

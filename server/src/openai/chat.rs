@@ -64,13 +64,12 @@ impl ChatRequest {
         let messages = message::messages(self.messages.ok_or_else(|| BadRequest::missing("messages"))?)?;
         let chat = Chat { messages, tools, kwargs: self.chat_template_kwargs.unwrap_or_default(), effort };
         let ask = Ask {
-            id: id.to_owned(),
-            subject: Subject::Chat(chat),
             sampling: shared.sampling.clone(),
             tokens_max: limit,
             ignore_eos: shared.ignore_eos,
             logprobs,
             stop: shared.stop.clone(),
+            ..Ask::new(id, Subject::Chat(chat))
         };
         Ok((shared, ask))
     }

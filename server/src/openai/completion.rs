@@ -123,13 +123,12 @@ impl CompletionRequest {
             }
         };
         let ask = Ask {
-            id: id.to_owned(),
-            subject,
             sampling: shared.sampling.clone(),
             tokens_max: tokens_max("max_tokens", self.max_tokens)?,
             ignore_eos: shared.ignore_eos,
             logprobs: self.logprobs,
             stop: shared.stop.clone(),
+            ..Ask::new(id, subject)
         };
         Ok((shared, ask))
     }

@@ -181,6 +181,7 @@ impl Raw<'_> {
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
                 logit_bias: logit_bias(self.logit_bias)?,
+                ..Sampling::default()
             },
             stop: stops(self.stop)?,
             ignore_eos: self.ignore_eos.unwrap_or(false),

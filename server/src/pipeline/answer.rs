@@ -101,12 +101,12 @@ impl AnswerStream {
                 (self.usage.prompt_tokens, self.usage.cached_tokens) = (total, cached);
                 self.ready.push_back(Part::Prefill { done, total });
             }
-            Event::Token { id } => {
+            Event::Token { id, .. } => {
                 self.usage.completion_tokens += 1;
                 let text = self.decoder.as_mut().map(|decoder| decoder.push(id)).unwrap_or_default();
                 self.text(&text);
             }
-            Event::Text { text, tokens } => {
+            Event::Text { text, tokens, .. } => {
                 self.usage.completion_tokens += tokens;
                 self.text(&text);
             }

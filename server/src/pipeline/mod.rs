@@ -8,7 +8,7 @@ pub mod error;
 mod landmarks;
 pub mod prompt;
 
-use mesh_core::{Job, Knob, Sampling, chat::Message};
+use mesh_core::{Grammar, Job, Knob, Sampling, chat::Message};
 use serde_json::{Map, Value};
 
 pub use answer::{AnswerStream, Finish, Finished, Part, collect};
@@ -27,12 +27,33 @@ pub struct Ask {
     pub sampling: Sampling,
     /// Most tokens to generate; absent means up to the end of the context.
     pub tokens_max: Option<u32>,
+    /// Tokens before which the answer does not end by itself.
+    pub tokens_min: Option<u32>,
     /// Go on past end-of-text tokens.
     pub ignore_eos: bool,
     /// Alternatives to report with each token.
     pub logprobs: Option<u32>,
     /// Strings that end the answer and are not part of it.
     pub stop: Vec<String>,
+    /// What the answer has to be.
+    pub grammar: Option<Grammar>,
+}
+
+impl Ask {
+    /// A request for the answer to `subject`, with nothing set.
+    pub fn new(id: impl Into<String>, subject: Subject) -> Self {
+        Self {
+            id: id.into(),
+            subject,
+            sampling: Sampling::default(),
+            tokens_max: None,
+            tokens_min: None,
+            ignore_eos: false,
+            logprobs: None,
+            stop: Vec::new(),
+            grammar: None,
+        }
+    }
 }
 
 /// What is asked.
@@ -72,13 +93,12 @@ pub enum Effort {
 /// the request.
 pub async fn open(model: Lease, ask: Ask) -> Result<AnswerStream, PipelineError> {
     let mut job = Job {
-        id: ask.id,
-        prompt: mesh_core::Prompt::Tokens(Vec::new()),
         sampling: ask.sampling,
         tokens_max: ask.tokens_max,
+        tokens_min: ask.tokens_min,
         ignore_eos: ask.ignore_eos,
         logprobs: ask.logprobs,
-        landmarks: mesh_core::Landmarks::default(),
+        ..Job::new(ask.id, mesh_core::Prompt::Tokens(Vec::new()))
     };
     settle_knobs(&model, &mut job)?;
     let prepared = prompt::prepare(&model, ask.subject).await?;
@@ -107,7 +127,17 @@ fn settle_knobs(model: &ServedModel, job: &mut Job) -> Result<(), PipelineError>
             Knob::RepetitionPenalty => take_if(&mut sampling.repetition_penalty, 1.0),
             Knob::PresencePenalty => take_if(&mut sampling.presence_penalty, 0.0),
             Knob::FrequencyPenalty => take_if(&mut sampling.frequency_penalty, 0.0),
-            Knob::Seed | Knob::LogitBias | Knob::IgnoreEos | Knob::Logprobs => false,
+            Knob::TypicalP => take_if(&mut sampling.typical_p, 1.0),
+            Knob::MinTokens => take_if(&mut job.tokens_min, 0),
+            Knob::Xtc
+            | Knob::Dry
+            | Knob::Seed
+            | Knob::LogitBias
+            | Knob::IgnoreEos
+            | Knob::Logprobs
+            | Knob::JsonSchema
+            | Knob::Regex
+            | Knob::Lark => false,
         };
         if !neutral {
             return Err(PipelineError::Submit(mesh_core::SubmitError::Unsupported { knob }));

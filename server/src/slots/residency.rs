@@ -229,6 +229,7 @@ mod tests {
                 requests_parallel_max: 1,
                 requests_queued_max: 1,
                 prefix_reuse: false,
+                embeddings: false,
                 vision: false,
             };
             let device = Device { kind: DeviceKind::Cpu, name: "".into(), memory_bytes: None };

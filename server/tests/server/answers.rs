@@ -267,19 +267,12 @@ async fn answers_do_not_depend_on_cuts() {
                         after END rest";
     let server = Server::start(Form::Text, vec![]).await;
     let slot = server.slots.get("fake").unwrap();
-    let ask = Ask {
-        id: "cut".into(),
-        subject: Subject::Chat(Chat {
-            messages: vec![Message { role: "user".into(), content: Some("Hi".into()), ..Message::default() }],
-            tools: vec![json!({ "type": "function", "function": { "name": "f" } })],
-            ..Chat::default()
-        }),
-        sampling: Default::default(),
-        tokens_max: None,
-        ignore_eos: false,
-        logprobs: None,
-        stop: vec!["END".into(), "ENDS".into()],
+    let chat = Chat {
+        messages: vec![Message { role: "user".into(), content: Some("Hi".into()), ..Message::default() }],
+        tools: vec![json!({ "type": "function", "function": { "name": "f" } })],
+        ..Chat::default()
     };
+    let ask = Ask { stop: vec!["END".into(), "ENDS".into()], ..Ask::new("cut", Subject::Chat(chat)) };
     let places: Vec<usize> = (0..=TEXT.len()).filter(|at| TEXT.is_char_boundary(*at)).collect();
     let mut seen = std::collections::HashSet::new();
     for (n, &one) in places.iter().enumerate() {

@@ -201,8 +201,8 @@ impl Engine for FakeEngine {
                 Step::Reading(done, total) => Ok(Event::Prefill { done, total, cached: 0 }),
                 Step::Queued(ahead) => Ok(Event::Queued { ahead }),
                 Step::Prefill(total) => Ok(Event::Prefill { done: total, total, cached: 0 }),
-                Step::Text(text) => Ok(Event::Text { text: text.into(), tokens: 1 }),
-                Step::Bytes(bytes) => Ok(Event::Token { id: bytes[0].into() }),
+                Step::Text(text) => Ok(Event::Text { text: text.into(), tokens: 1, logprobs: Vec::new() }),
+                Step::Bytes(bytes) => Ok(Event::Token { id: bytes[0].into(), logprob: None }),
                 Step::Finish(reason) => Ok(Event::Finished {
                     reason,
                     usage: Usage { prompt_tokens: 7, cached_tokens: 3, completion_tokens: tokens + 1 },
@@ -355,6 +355,7 @@ impl Fake {
                 requests_parallel_max: 2,
                 requests_queued_max: 1,
                 prefix_reuse: true,
+                embeddings: false,
                 vision: false,
             },
         })

@@ -63,15 +63,7 @@ async fn lease(slots: &Slots, name: &str) -> Result<Lease, SlotError> {
 }
 
 async fn open(slots: &Slots, name: &str) -> AnswerStream {
-    let ask = Ask {
-        id: "test".into(),
-        subject: Subject::Text("Hi".into()),
-        sampling: Default::default(),
-        tokens_max: None,
-        ignore_eos: false,
-        logprobs: None,
-        stop: vec![],
-    };
+    let ask = Ask::new("test", Subject::Text("Hi".into()));
     pipeline::open(lease(slots, name).await.unwrap(), ask).await.unwrap()
 }
 

@@ -100,14 +100,11 @@ async fn here(
     messages: &[Message],
     manner: Manner,
 ) -> Result<BoxStream<'static, Result<Piece, Failure>>, Failure> {
+    let chat = Chat { messages: messages.to_vec(), ..Chat::default() };
     let ask = Ask {
-        id: "chat".into(),
-        subject: Subject::Chat(Chat { messages: messages.to_vec(), ..Chat::default() }),
         sampling: Sampling { temperature: manner.temperature, ..Sampling::default() },
         tokens_max: manner.tokens_max,
-        ignore_eos: false,
-        logprobs: None,
-        stop: Vec::new(),
+        ..Ask::new("chat", Subject::Chat(chat))
     };
     let parts = pipeline::open(model, ask).await.map_err(|error| hinted(&error))?;
     let pieces = parts.filter_map(|part| {

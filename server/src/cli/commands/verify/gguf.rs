@@ -159,18 +159,15 @@ async fn continue_all(engine: &dyn Engine, prompts: &[Vec<u32>]) -> Result<Vec<V
     let mut all = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
         let job = Job {
-            id: format!("verify-{index}"),
-            prompt: Prompt::Tokens(prompt.clone()),
             sampling: Sampling::greedy(),
             tokens_max: Some(TOKENS as u32),
             ignore_eos: true,
-            logprobs: None,
-            landmarks: mesh_core::Landmarks::default(),
+            ..Job::new(format!("verify-{index}"), Prompt::Tokens(prompt.clone()))
         };
         let mut events = engine.submit(job).await.map_err(|error| Failure::new(Exit::Failure, error))?;
         let mut tokens = Vec::with_capacity(TOKENS);
         while let Some(event) = events.next().await {
-            if let Event::Token { id } = event.map_err(|error| Failure::new(Exit::Failure, error))? {
+            if let Event::Token { id, .. } = event.map_err(|error| Failure::new(Exit::Failure, error))? {
                 tokens.push(id);
             }
         }
