@@ -9,7 +9,7 @@ pub use crowd::{BehindRun, CrowdRun, measure_behind, measure_crowd};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use mesh_core::{Engine, EngineError, Event, Job, Landmarks, Prompt, Sampling, SubmitError, Usage};
+use mesh_core::{Engine, EngineError, Event, Job, Prompt, Sampling, SubmitError, Usage};
 use serde::Serialize;
 
 /// What is measured.
