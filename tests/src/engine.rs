@@ -1,9 +1,7 @@
 //! The engine contract. Each function takes any engine and a prompt it can answer.
 
 use futures::StreamExt;
-use mesh_core::{
-    Engine, EngineError, Event, EventStream, FinishReason, Job, Landmarks, Prompt, Sampling, SubmitError, Usage,
-};
+use mesh_core::{Engine, EngineError, Event, EventStream, FinishReason, Job, Prompt, Sampling, SubmitError, Usage};
 
 /// What a finished job said.
 #[derive(Clone, Debug, PartialEq)]

@@ -10,8 +10,8 @@ use std::{
 
 use futures::{StreamExt, future::join_all};
 use mesh_core::{
-    Device, DeviceKind, Engine, EngineError, EngineHandle, EngineState, Event, EventStream, FinishReason, Job,
-    Landmarks, Prompt, Sampling, SubmitError,
+    Device, DeviceKind, Engine, EngineError, EngineHandle, EngineState, Event, EventStream, FinishReason, Job, Prompt,
+    Sampling, SubmitError,
 };
 use mesh_graph::{Cache, CacheKind, CausalModel, Rows, ffi, memory};
 use mlx_rs::{Array, Dtype, error::Exception, ops};
