@@ -67,16 +67,16 @@ impl Embedding {
         let _ = self.answer.send(answer);
     }
 
-    /// How many texts are read next, and the longest of them, where padding is less than what it pads and all of them
-    /// together are no more than `tokens`, if they are more than one.
-    fn next(&self, tokens: usize, rows_max: usize) -> (usize, usize) {
+    /// How many texts are read next: one, or several where padding is less than what it pads, and all of it together no more
+    /// than `tokens`.
+    fn next(&self, tokens: usize, rows_max: usize) -> usize {
         let length = |at: &usize| self.inputs[*at].len();
         let longest = self.left.last().map_or(0, length);
         let fits = |rows: usize, shortest: usize| {
             rows <= rows_max && rows * longest <= tokens && schedule::fit_together(shortest as u32, longest as u32)
         };
-        let others = self.left.iter().rev().skip(1).zip(2..).take_while(|(at, rows)| fits(*rows, length(*at)));
-        (self.left.len().min(1 + others.count()), longest)
+        let others = self.left.iter().rev().skip(1).zip(2..).take_while(|(at, rows)| fits(*rows, length(at)));
+        self.left.len().min(1 + others.count())
     }
 
     /// The columns from `from` to `to` of the texts that are under way, `[rows, to - from]`.
@@ -134,9 +134,13 @@ impl Runner {
     }
 
     fn lot_of(&self, embedding: &Embedding) -> (usize, usize) {
+        let longest = embedding.left.last().map_or(0, |at| embedding.inputs[*at].len());
+        // Answers are to keep most of the memory.
+        let room = self.memory_now / 4 / self.footprint.bytes(longest as u64).max(1);
         // Rows of which some are beyond the model's length limit are not computed as each alone.
-        let rows_max = if self.model.length_limit().is_some() { 1 } else { ROWS_MAX };
-        embedding.next(self.limits.chunk_tokens_in_company as usize, rows_max)
+        let most = if self.model.length_limit().is_some() { 1 } else { ROWS_MAX };
+        let rows = embedding.next(self.limits.chunk_tokens_in_company as usize, most.min(room as usize));
+        (rows, longest)
     }
 
     /// Bytes that texts under way hold.
