@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use mesh_core::{DeviceKind, Dry, Sampling, TokenLogprob, Xtc};
+use mesh_core::{Dry, Sampling, TokenLogprob, Xtc};
 use mesh_graph::ffi;
 use mlx_rs::Array;
 use proptest::prelude::*;
@@ -14,7 +14,8 @@ const LOGITS: [f32; VOCAB] = [2.0, 1.0, 0.5, 0.0, -1.0, 1.5];
 
 /// Draws once for each sampler, all in one batch, after having fed token 3; each row has its own logits, end to end.
 fn draw_rows(logits: &[f32], samplers: &mut [Sampler], known: Vec<Known>) -> (Vec<u32>, Vec<Option<TokenLogprob>>) {
-    ffi::use_device(DeviceKind::Cpu);
+    // A GPU where there is one: what holds here has to hold there.
+    ffi::use_device(ffi::device_facts().kind);
     let count = samplers.len() as i32;
     let logits = Array::from_slice(logits, &[count, 1, logits.len() as i32 / count]);
     let fed = Array::from_slice(&vec![3_u32; samplers.len()], &[count, 1]);
