@@ -166,6 +166,7 @@ impl From<PipelineError> for ApiError {
                 error: ConstraintError::Schema(_) | ConstraintError::Grammar { .. },
             } => Self::invalid("invalid_value", message).param(field),
             PipelineError::Constraint { field, .. } => Self::invalid("unsupported_parameter", message).param(field),
+            PipelineError::NoStrict => Self::invalid("unsupported_parameter", message).param("tools"),
             PipelineError::NoEcho => Self::invalid("unsupported_parameter", message).param("echo"),
             PipelineError::Submit(error) => Self::submit(error, message),
             PipelineError::Tokenizer(_) | PipelineError::NoTokenizer | PipelineError::Panicked => {

@@ -99,6 +99,12 @@ pub trait Dialect: Send + Sync {
         None
     }
 
+    /// What each call of [`Dialect::call_grammar`] begins with, and nothing else: where an answer that may call or not has to
+    /// be watched from on. `None` where there is no such marker.
+    fn call_trigger(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Tokens that the parser has to see in the text even where the tokenizer calls them special:
     /// [`DecoderOptions::keep`](crate::DecoderOptions::keep).
     fn markers(&self, context: &ParserContext) -> &'static [&'static str] {

@@ -5,7 +5,10 @@ use std::{path::Path, sync::Arc};
 use mesh_core::{Follower, Grammar, Rules};
 use mesh_text::{
     ConstraintError, ReasoningForm, Tokenizer, Vocabulary,
-    constraint::reasoning::{Reasoning, reasoned},
+    constraint::{
+        reasoning::{Reasoning, reasoned},
+        watched::watched,
+    },
 };
 use serde_json::{Value, json};
 
@@ -309,4 +312,31 @@ fn a_budget_alone_ends_the_reasoning_and_asks_nothing_else() {
         assert!(allowed(follower, tokenizer.ids()).contains(&300));
         follower.take(300).unwrap();
     }
+}
+
+#[test]
+fn calls_are_watched_and_everything_else_is_free() {
+    let Some(tokenizer) = tokenizer() else { return };
+    let vocabulary = Arc::new(Vocabulary::new(&tokenizer, &[], &[END]).unwrap());
+    let call = vocabulary.rules(&Grammar::Lark("start: \"<tool_call>\" /[0-9]{2}/ \"</tool_call>\"".into())).unwrap();
+    let rules = watched(&vocabulary, "<tool_call>", call.clone()).unwrap();
+    let follower = &mut *rules.follow();
+    let takes = |follower: &mut dyn Follower, text: &str| {
+        tokenizer.encode(text, false).unwrap().into_iter().all(|id| {
+            let may = allowed(follower, tokenizer.ids()).contains(&id);
+            may && follower.take(id).is_ok()
+        })
+    };
+    assert!(takes(follower, "so be it: <tool_call>42</tool_call> and <tool_call>43</tool_call>"));
+    assert!(allowed(follower, tokenizer.ids()).contains(&END));
+    assert!(takes(follower, "<tool_call>") && !takes(follower, "x"));
+    assert!(!allowed(follower, tokenizer.ids()).contains(&END), "a call is under way");
+    // Spelled in pieces, it would be read as a call and not be held to anything.
+    let follower = &mut *rules.follow();
+    for piece in ["<", "t", "o", "o", "l", "_", "c", "a", "l", "l"] {
+        assert!(takes(follower, piece), "{piece}");
+    }
+    assert!(!takes(follower, ">"));
+    assert!(takes(follower, "x"));
+    assert!(watched(&vocabulary, "<no such token>", call).is_err());
 }

@@ -51,6 +51,10 @@ impl Dialect for Hermes {
         lark_calls(calls, "arguments", ["<tool_call>\n", "\n", "\n</tool_call>"], many)
     }
 
+    fn call_trigger(&self) -> Option<&'static str> {
+        Some(OPEN)
+    }
+
     fn markers(&self, _context: &ParserContext) -> &'static [&'static str] {
         &[think::OPEN, think::CLOSE, OPEN, CLOSE]
     }

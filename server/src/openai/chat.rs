@@ -146,14 +146,7 @@ impl ChatRequest {
         };
         let name = |tool: &Value| tool.pointer("/function/name").and_then(Value::as_str).map(str::to_owned);
         match &choice {
-            ToolChoice::Auto => {
-                // An answer that may be a call or not is not held to any form.
-                let strict = |tool: &Value| tool.pointer("/function/strict") == Some(&Value::Bool(true));
-                if let Some(index) = tools.iter().position(strict) {
-                    let why = "only calls that `tool_choice` forces are held to their schema";
-                    return Err(BadRequest::unsupported(format!("tools[{index}].function.strict"), why));
-                }
-            }
+            ToolChoice::Auto => {}
             _ if tools.is_empty() => return Err(BadRequest::value("tool_choice", "is only possible with `tools`")),
             ToolChoice::Named(wanted) if !tools.iter().any(|tool| name(tool).as_ref() == Some(wanted)) => {
                 return Err(BadRequest::value("tool_choice.function.name", "is none of `tools`"));

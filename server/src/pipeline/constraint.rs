@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mesh_core::{Constraint, Grammar, PromptForm, Rules, SubmitError};
 use mesh_text::{
     CallSchema, ConstraintError, Dialect,
-    constraint::{reasoning, schema},
+    constraint::{reasoning, schema, watched::watched},
 };
 use serde_json::{Value, json};
 
@@ -20,18 +20,27 @@ pub struct Wish {
     pub breakers: Vec<String>,
 }
 
-/// Calls that have to be made.
+/// Calls that have to fit their functions.
 pub(super) struct Calls {
     schemas: Vec<CallSchema>,
     many: bool,
+    /// They have to be made.
+    forced: bool,
 }
 
 impl Calls {
-    /// Those of `tools` that `choice` forces; none where it leaves the choice to the model.
+    /// Those of `tools` that `choice` forces. Where it leaves the choice to the model, they have to fit where functions are
+    /// strict.
     pub(super) fn of(tools: &[Value], choice: &ToolChoice, single: bool) -> Option<Self> {
+        let strict = |tool: &Value| tool.pointer("/function/strict") == Some(&Value::Bool(true));
+        let forced = *choice != ToolChoice::Auto;
+        if !forced && !tools.iter().any(strict) {
+            return None;
+        }
         let named = |tool: &Value| {
             let name = tool.pointer("/function/name")?.as_str()?.to_owned();
             let parameters = match tool.pointer("/function/parameters") {
+                _ if !forced && !strict(tool) => json!({ "type": "object" }),
                 Some(Value::Object(parameters)) => {
                     let mut parameters = parameters.clone();
                     // Arguments are an object, whatever the schema leaves open.
@@ -46,11 +55,11 @@ impl Calls {
         };
         let all = tools.iter().filter_map(named);
         let (schemas, many): (Vec<_>, _) = match choice {
-            ToolChoice::Auto => return None,
+            ToolChoice::Auto => (all.collect(), false),
             ToolChoice::Required => (all.collect(), !single),
             ToolChoice::Named(wanted) => (all.filter(|call| call.name == *wanted).collect(), false),
         };
-        (!schemas.is_empty()).then_some(Self { schemas, many })
+        (!schemas.is_empty()).then_some(Self { schemas, many, forced })
     }
 
     /// The grammar of an answer that makes them, and whether the dialect reads it; else it is plain JSON.
@@ -59,6 +68,17 @@ impl Calls {
             Some(lark) => (Grammar::Lark(lark.into()), true),
             None => (Grammar::JsonSchema(Arc::new(forced::schema(&self.schemas, self.many))), false),
         }
+    }
+
+    /// The places in errors are those of the schemas that were sent.
+    fn check(&self) -> Result<(), schema::SchemaError> {
+        for call in &self.schemas {
+            schema::enforceable(&call.parameters).map_err(|error| schema::SchemaError {
+                at: format!("{}.parameters.{}", call.name, error.at),
+                ..error
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -113,6 +133,11 @@ pub(super) fn settle(
         None => (grammar, true),
     };
     let plain_calls = !in_dialect;
+    let watch = calls.is_some_and(|calls| !calls.forced);
+    let trigger = conditions.dialect.and_then(Dialect::call_trigger);
+    if watch && (plain_calls || trigger.is_none()) {
+        return Err(PipelineError::NoStrict);
+    }
     // A budget alone asks nothing of the text.
     let anything = || conditions.thinking_tokens_max.map(|_| Grammar::Regex("(?s:.*)".into()));
     if let Some(knob) = grammar.clone().or_else(anything).map(|grammar| grammar.knob())
@@ -122,6 +147,7 @@ pub(super) fn settle(
             |field, what| PipelineError::NoSwitch { field, why: format!("is served by a backend that cannot {what}") };
         return Err(match (&grammar, calls) {
             (None, _) => lacks("thinking_budget", "end its reasoning"),
+            (Some(_), Some(_)) if watch => PipelineError::NoStrict,
             (Some(_), Some(_)) => lacks("tool_choice", "force calls"),
             (Some(_), None) => SubmitError::Unsupported { knob }.into(),
         });
@@ -137,7 +163,10 @@ pub(super) fn settle(
         return Ok(Settled::default());
     }
     let vocabulary = model.vocabulary(conditions.markers).map_err(refused)?;
-    let content = grammar.as_ref().map(|grammar| vocabulary.rules(grammar)).transpose().map_err(refused)?;
+    let mut content = grammar.as_ref().map(|grammar| vocabulary.rules(grammar)).transpose().map_err(refused)?;
+    if let (true, Some(trigger), Some(call)) = (watch, trigger, &content) {
+        content = Some(watched(&vocabulary, trigger, call.clone()).map_err(refused)?);
+    }
     let (rules, at_once): (Option<Arc<dyn Rules>>, bool) = match form {
         Some(form) => {
             let tokens_max = conditions.thinking_tokens_max;
@@ -148,17 +177,4 @@ pub(super) fn settle(
     };
     let constraint = grammar.or_else(anything).map(|grammar| Constraint { grammar, rules });
     Ok(Settled { constraint, at_once, plain_calls })
-}
-
-impl Calls {
-    /// The places in errors are those of the schemas that were sent.
-    fn check(&self) -> Result<(), schema::SchemaError> {
-        for call in &self.schemas {
-            schema::enforceable(&call.parameters).map_err(|error| schema::SchemaError {
-                at: format!("{}.parameters.{}", call.name, error.at),
-                ..error
-            })?;
-        }
-        Ok(())
-    }
 }

@@ -37,6 +37,9 @@ pub enum PipelineError {
         /// Why.
         error: ConstraintError,
     },
+    /// Calls that the model may make or not cannot be held to their functions.
+    #[error("`strict` functions are only supported here where `tool_choice` forces a call")]
+    NoStrict,
     /// A prompt of tokens cannot be put in front of its answer.
     #[error("`echo` of a prompt of tokens is not supported by this model's backend")]
     NoEcho,
@@ -56,6 +59,9 @@ impl Hint for PipelineError {
             Self::NoTools { .. } => Some("leave `tools` out, or serve a model that was trained to call tools".into()),
             Self::NoSwitch { field, .. } => Some(format!("leave `{field}` out")),
             Self::Constraint { .. } => None,
+            Self::NoStrict => {
+                Some("leave `strict` out, or set `tool_choice` to `required` or a function's name".into())
+            }
             Self::NoEcho => Some("send the prompt as text".into()),
             Self::Submit(SubmitError::TooLong { .. }) => {
                 Some("shorten the conversation, or start the server with a longer --ctx if the model allows it".into())

@@ -138,6 +138,10 @@ pub async fn open_all(model: Lease, asks: Vec<Ask>) -> Result<Vec<AnswerStream>,
     let mut answers = Vec::new();
     for ask in asks {
         let (seed, id) = (ask.sampling.seed, ask.id);
+        if ask.ranked && ask.logprobs.is_none() && !model.handle.capabilities().knobs.contains(&Knob::Logprobs) {
+            let why = "is served by a backend that does not say how likely tokens are".into();
+            return Err(PipelineError::NoSwitch { field: "best_of", why });
+        }
         let mut job = Job {
             sampling: with_defaults(ask.sampling, model.defaults()),
             tokens_max: ask.tokens_max,

@@ -204,7 +204,7 @@ async fn the_likeliest_of_several_is_given() {
     assert_eq!(answer["usage"]["completion_tokens"], 9, "those left out were written as well");
     let server = Server::start(Form::Text, vec![STOP]).await;
     let (status, answer) = server.complete(json!({ "best_of": 2 })).await;
-    assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("logprobs")));
+    assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("best_of")));
 }
 
 #[tokio::test]

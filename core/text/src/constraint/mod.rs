@@ -2,9 +2,11 @@
 //!
 //! - [`schema`]: which JSON schemas can be enforced.
 //! - [`reasoning`]: answers that reason first, for as long as they may.
+//! - [`watched`]: answers that are free but for their calls.
 
 pub mod reasoning;
 pub mod schema;
+pub mod watched;
 
 use std::{
     fmt,
@@ -153,6 +155,28 @@ impl Vocabulary {
     fn trie(&self) -> &TokTrie {
         self.env.tok_trie()
     }
+}
+
+fn set(mask: &mut [u32], id: u32) {
+    if let Some(word) = mask.get_mut(id as usize / 32) {
+        *word |= 1 << (id % 32);
+    }
+}
+
+fn clear(mask: &mut [u32], id: u32) {
+    if let Some(word) = mask.get_mut(id as usize / 32) {
+        *word &= !(1 << (id % 32));
+    }
+}
+
+/// Whether `marker` is in `bytes`.
+fn has(bytes: &[u8], marker: &[u8]) -> bool {
+    bytes.windows(marker.len().max(1)).any(|window| window == marker)
+}
+
+/// What is missing of `marker` where `tail` ends with a beginning of it; there may be several.
+fn begun<'m>(tail: &[u8], marker: &'m [u8]) -> Vec<&'m [u8]> {
+    (1..marker.len()).filter(|length| tail.ends_with(&marker[..*length])).map(|length| &marker[length..]).collect()
 }
 
 /// The error type of the crate's functions, which it does not name.

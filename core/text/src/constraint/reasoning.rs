@@ -5,7 +5,7 @@ use std::{collections::VecDeque, fmt, sync::Arc};
 
 use mesh_core::{Follower, Rules};
 
-use super::{ConstraintError, Vocabulary};
+use super::{ConstraintError, Vocabulary, begun, clear, has, set};
 use crate::dialect::ReasoningForm;
 
 /// Most tokens of newlines between the reasoning and what the grammar is about.
@@ -60,18 +60,6 @@ pub fn reasoned(
 fn crosses(bytes: &[u8], marker: &[u8]) -> bool {
     let at = bytes.windows(marker.len().max(1)).position(|window| window == marker);
     at.is_some_and(|at| !bytes[at + marker.len()..].iter().all(|byte| *byte == b'\n'))
-}
-
-fn set(mask: &mut [u32], id: u32) {
-    if let Some(word) = mask.get_mut(id as usize / 32) {
-        *word |= 1 << (id % 32);
-    }
-}
-
-fn clear(mask: &mut [u32], id: u32) {
-    if let Some(word) = mask.get_mut(id as usize / 32) {
-        *word &= !(1 << (id % 32));
-    }
 }
 
 #[derive(Clone, Debug)]
@@ -175,12 +163,8 @@ impl ReasonedFollower {
 
     /// Leaves out what would reach beyond a closing marker that has begun.
     fn leave_out_crossing(&self, tail: &[u8], allowed: &mut [u32]) {
-        let close = self.form.close.as_bytes();
-        let begun: Vec<&[u8]> = (1..close.len())
-            .filter(|length| tail.ends_with(&close[..*length]))
-            .map(|length| &close[length..])
-            .collect();
-        if begun.is_empty() {
+        let rests = begun(tail, self.form.close.as_bytes());
+        if rests.is_empty() {
             return;
         }
         let trie = self.vocabulary.trie();
@@ -188,7 +172,7 @@ impl ReasonedFollower {
             let bytes = trie.token(id);
             let crosses =
                 |rest: &&[u8]| bytes.strip_prefix(*rest).is_some_and(|over| !over.iter().all(|byte| *byte == b'\n'));
-            if begun.iter().any(crosses) {
+            if rests.iter().any(crosses) {
                 clear(allowed, id);
             }
         }
@@ -270,7 +254,7 @@ impl Follower for ReasonedFollower {
             Phase::Inside { tokens, mut tail } => {
                 tail.extend_from_slice(self.vocabulary.trie().token(id));
                 let close = self.form.close.as_bytes();
-                self.phase = match tail.windows(close.len().max(1)).any(|window| window == close) {
+                self.phase = match has(&tail, close) {
                     true => self.closed(),
                     false => {
                         tail.drain(..tail.len().saturating_sub(close.len()));

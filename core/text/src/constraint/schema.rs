@@ -177,19 +177,21 @@ fn brief(word: &str) -> String {
 /// The schema for a place further down in another one: its references to itself point there. `prefix` is the pointer of the
 /// place, such as `#/properties/arguments`.
 pub fn moved(schema: &Value, prefix: &str) -> Value {
+    let deeper = |key: &str, value: &Value| match (key, value) {
+        ("$ref", Value::String(target)) if target == "#" || target.starts_with("#/") => {
+            Value::String(format!("{prefix}{}", target.strip_prefix('#').unwrap_or_default()))
+        }
+        // Names, each with a schema.
+        (key, Value::Object(map)) if MAPS.contains(&key) => {
+            map.iter().map(|(name, schema)| (name.clone(), moved(schema, prefix))).collect::<Map<_, _>>().into()
+        }
+        (key, value) if SCHEMAS.contains(&key) || LISTS.contains(&key) => moved(value, prefix),
+        (_, value) => value.clone(),
+    };
     match schema {
-        Value::Object(map) => map
-            .iter()
-            .map(|(key, value)| match (key.as_str(), value) {
-                ("$ref", Value::String(target)) if target == "#" || target.starts_with("#/") => {
-                    (key.clone(), Value::String(format!("{prefix}{}", target.strip_prefix('#').unwrap_or_default())))
-                }
-                // What is compared with is no schema.
-                ("const" | "enum", value) => (key.clone(), value.clone()),
-                _ => (key.clone(), moved(value, prefix)),
-            })
-            .collect::<Map<_, _>>()
-            .into(),
+        Value::Object(map) => {
+            map.iter().map(|(key, value)| (key.clone(), deeper(key, value))).collect::<Map<_, _>>().into()
+        }
         Value::Array(list) => list.iter().map(|value| moved(value, prefix)).collect::<Vec<_>>().into(),
         other => other.clone(),
     }
@@ -235,11 +237,12 @@ mod tests {
 
     #[test]
     fn references_move_along() {
-        let schema =
-            json!({ "$ref": "#/$defs/a", "$defs": { "a": { "items": { "$ref": "#" } } }, "const": { "$ref": "#" } });
+        let schema = json!({ "$ref": "#/$defs/a", "$defs": { "a": { "items": { "$ref": "#" } } }, "const": { "$ref": "#" },
+            "properties": { "const": { "$ref": "#" } } });
         let moved = moved(&schema, "#/properties/arguments");
         assert_eq!(moved["$ref"], "#/properties/arguments/$defs/a");
         assert_eq!(moved["$defs"]["a"]["items"]["$ref"], "#/properties/arguments");
         assert_eq!(moved["const"]["$ref"], "#");
+        assert_eq!(moved["properties"]["const"]["$ref"], "#/properties/arguments");
     }
 }
