@@ -23,7 +23,7 @@ use crate::{
         parse,
         response::{ChatCompletion, Envelope, Model, ModelList, TextCompletion, WireUsage},
     },
-    pipeline::{self, AnswerStream, Ask, PipelineError},
+    pipeline::{self, AnswerStream, Ask, InLine, PipelineError},
     slots::{Slot, SlotState, Slots},
     sse::{self, Shape},
 };
@@ -186,11 +186,16 @@ async fn opened(slots: &Slots, shared: &Shared, asks: Vec<Ask>) -> Result<(Strin
     let answers = match pipeline::open_all(lease, asks.clone()).await {
         Err(PipelineError::Submit(mesh_core::SubmitError::Gone { why })) => {
             tracing::warn!(%why, "the engine is gone; trying once more");
-            pipeline::open_all(slot.model(Some(model)).await?, asks).await?
+            pipeline::open_all(slot.model(Some(model)).await?, asks.clone()).await?
         }
         outcome => outcome?,
     };
-    Ok((slot.name(), answers))
+    let each = asks.iter().flat_map(|ask| (0..ask.choices).map(|choice| ask.choice(choice)));
+    let in_line = answers
+        .into_iter()
+        .zip(each)
+        .map(|(answer, ask)| answer.in_line(InLine::new(slots.clone(), &shared.model, ask)));
+    Ok((slot.name(), in_line.collect()))
 }
 
 fn model(slot: &Slot) -> Model {

@@ -8,6 +8,7 @@ pub mod choices;
 mod constraint;
 pub mod error;
 mod forced;
+mod hand_over;
 mod landmarks;
 pub mod ledger;
 pub mod prompt;
@@ -20,6 +21,7 @@ use serde_json::{Map, Value};
 pub use answer::{AnswerStream, Finish, Finished, Part, collect};
 pub use choices::{Choices, likeliest};
 pub use error::PipelineError;
+pub use hand_over::InLine;
 pub use ledger::{Likely, TokenText};
 
 use crate::{lease::Lease, served::ServedModel};
@@ -70,6 +72,16 @@ impl Ask {
             ranked: false,
             echo: false,
         }
+    }
+
+    /// The request for one of its answers, as it would be if it stood alone.
+    pub(crate) fn choice(&self, index: u32) -> Self {
+        let mut one = Self { choices: 1, ..self.clone() };
+        if index > 0 {
+            one.id = format!("{}-{index}", self.id);
+            one.sampling.seed = self.sampling.seed.map(|seed| seed.wrapping_add(index.into()));
+        }
+        one
     }
 }
 
@@ -137,7 +149,7 @@ pub async fn open_all(model: Lease, asks: Vec<Ask>) -> Result<Vec<AnswerStream>,
     let model = Arc::new(model);
     let mut answers = Vec::new();
     for ask in asks {
-        let (seed, id) = (ask.sampling.seed, ask.id);
+        let (seed, id) = (ask.sampling.seed, ask.id.clone());
         if ask.ranked && ask.logprobs.is_none() && !model.handle.capabilities().knobs.contains(&Knob::Logprobs) {
             let why = "is served by a backend that does not say how likely tokens are".into();
             return Err(PipelineError::NoSwitch { field: "best_of", why });
