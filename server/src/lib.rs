@@ -6,9 +6,11 @@
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
+//! - [`defaults`]: what holds where neither request nor configuration says.
 //! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
 
 pub mod body;
+pub mod defaults;
 pub mod error;
 pub mod lease;
 pub mod listen;
