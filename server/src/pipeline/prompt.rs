@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use chrono::NaiveDateTime;
 use mesh_core::{Landmarks, Prompt, PromptForm, SubmitError, TemplateError, Thinking};
-use mesh_text::{DialectParser, ParserContext, Template, TemplateInput, Tokenizer};
+use mesh_text::{DialectParser, ParserContext, Template, TemplateInput, Tokenizer, Tools};
 use serde_json::{Map, Value};
 
 use super::{Chat, Effort, PipelineError, Subject, landmarks};
@@ -118,13 +118,15 @@ impl<'a> Conversation<'a> {
         if tools && !dialect.tools() {
             return Err(PipelineError::NoTools { dialect: dialect.id() });
         }
+        let offered = Tools::of(&chat.tools);
         let mut kwargs = chat.kwargs;
         if let Some(effort) = chat.effort {
             let (name, value) = switch(model.thinking, effort)?;
             kwargs.insert(name.to_owned(), value);
         }
-        let messages =
+        let mut messages =
             serde_json::to_value(&chat.messages).map_err(|error| TemplateError::Failed { what: error.to_string() })?;
+        messages.as_array_mut().into_iter().flatten().for_each(name_reasoning);
         let conversation = Self {
             template: model.template(tools)?,
             messages,
@@ -135,7 +137,8 @@ impl<'a> Conversation<'a> {
             now: chrono::Local::now().naive_local(),
         };
         let reader = move |text: &str| {
-            let context = ParserContext { prompt_opens_reasoning: dialect.opens_reasoning(text), tools };
+            let prompt_opens_reasoning = dialect.opens_reasoning(text);
+            let context = ParserContext { prompt_opens_reasoning, tools: offered.clone() };
             Reader { parser: dialect.parser(&context), markers: dialect.markers(&context) }
         };
         Ok((conversation, reader))
@@ -151,6 +154,18 @@ impl<'a> Conversation<'a> {
             kwargs: &self.kwargs,
             now: self.now,
         })
+    }
+}
+
+/// Gives the reasoning of a message all the names that templates read it by. Each reads one of them.
+fn name_reasoning(message: &mut Value) {
+    let Some(message) = message.as_object_mut() else { return };
+    let Some(reasoning) = message.get("reasoning_content").cloned() else { return };
+    message.insert("reasoning".into(), reasoning.clone());
+    // gpt-oss's template refuses this beside content where there are calls.
+    let content = message.get("content").and_then(Value::as_str).is_some_and(|content| !content.is_empty());
+    if !content || !message.contains_key("tool_calls") {
+        message.insert("thinking".into(), reasoning);
     }
 }
 
@@ -177,7 +192,22 @@ fn switch(thinking: Thinking, effort: Effort) -> Result<(&'static str, Value), P
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn reasoning_in_the_history_has_the_name_that_the_template_reads() {
+        let names = |mut message: Value| {
+            name_reasoning(&mut message);
+            ["reasoning_content", "reasoning", "thinking"]
+                .map(|name| message.get(name).is_some_and(|text| text == "hm"))
+        };
+        assert_eq!(names(json!({"content": "a", "reasoning_content": "hm"})), [true, true, true]);
+        assert_eq!(names(json!({"content": null, "reasoning_content": "hm", "tool_calls": [1]})), [true, true, true]);
+        assert_eq!(names(json!({"content": "a", "reasoning_content": "hm", "tool_calls": [1]})), [true, true, false]);
+        assert_eq!(names(json!({"content": "a"})), [false, false, false]);
+    }
 
     #[test]
     fn a_wish_for_reasoning_becomes_the_familys_variable() {
