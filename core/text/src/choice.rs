@@ -153,7 +153,7 @@ mod tests {
         let effort = Thinking::Effort("reasoning_effort");
         assert_eq!(thinking(enable, &["{% if enable_thinking %}"]), enable);
         assert_eq!(thinking(Thinking::Fixed, &["{% if enable_thinking %}"]), enable);
-        assert_eq!(thinking(own, &["{% set thinking = enable_thinking %}"]), own);
+        assert_eq!(thinking(own, &["{% if thinking is not defined %}{% set thinking = enable_thinking %}"]), own);
         assert_eq!(thinking(own, &["", "{% if not enable_thinking %}"]), enable);
         assert_eq!(thinking(own, &["{{ message.thinking }}{{ m['thinking'] }}</thinking>"]), Thinking::Fixed);
         assert_eq!(thinking(enable, &["{% set ns = namespace(enable_thinking=true) %}"]), Thinking::Fixed);

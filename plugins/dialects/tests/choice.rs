@@ -10,8 +10,11 @@ const THINKING: Thinking = Thinking::Variable("thinking");
 const EFFORT: Thinking = Thinking::Effort("reasoning_effort");
 const FIXED: Thinking = Thinking::Fixed;
 
+/// Dialect and switch.
+type Manner = (&'static str, Thinking);
+
 /// Template; what its model's family is known for, if there is one; the dialect and the switch to be found.
-const TABLE: &[(&str, Option<(&str, Thinking)>, &str, Thinking)] = &[
+const TABLE: &[(&str, Option<Manner>, &str, Thinking)] = &[
     ("Apriel-1.6-15b-Thinker-fixed", Some(("mistral", FIXED)), "hermes", FIXED),
     ("Bielik-11B-v3.0-Instruct", Some(("llama3_json", FIXED)), "hermes", ENABLE),
     ("GLM-4.7-Flash", Some(("glm", ENABLE)), "glm", ENABLE),
