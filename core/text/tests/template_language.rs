@@ -136,7 +136,7 @@ fn filters_mean_what_they_mean_in_jinja() {
         ("'<a href=\"x\">it\\'s & /' | e", "&lt;a href=&#34;x&#34;&gt;it&#39;s &amp; /"),
         ("' a b\tc ' | wordcount", "3"),
         ("'Ab'.swapcase() ~ 'it\\'s a-b2c'.title()", "aBIt'S A-B2C"),
-        ("'ab'.center(5) ~ '|' ~ 'abc'.center(6) ~ '|' ~ 'abc'.center(6, '*')", "  ab |  abc  |*abc**"),
+        ("'ab'.center(5) ~ '|' ~ 'abc'.center(6) ~ '|' ~ 'abc'.center(6, '*')", "  ab | abc  |*abc**"),
         ("'ab'.ljust(4) ~ '|' ~ 'ab'.rjust(4, '.') ~ '|' ~ '-7'.zfill(4) ~ '|' ~ '7'.zfill(1)", "ab  |..ab|-007|7"),
     ]);
     for source in ["{{ 'a'.center(5, 'xy') }}", "{{ 'a' | int(base=1) }}", "{{ 'a' | default(foo=1) }}"] {
