@@ -114,7 +114,7 @@ async fn here(
                 Delta::Content(text) | Delta::Malformed { text } => Piece::Content(text),
                 Delta::ToolCall { name, arguments, .. } => Piece::Content(format!("{name}({arguments})")),
             })),
-            Ok(Part::Queued { .. } | Part::Prefill { .. } | Part::Finished(_)) => None,
+            Ok(Part::Queued { .. } | Part::Prefill { .. } | Part::Tokens(_) | Part::Finished(_)) => None,
             Err(error) => Some(Err(Failure::new(Exit::Failure, error))),
         })
     });
