@@ -22,6 +22,7 @@ use crate::{
         parse,
         response::{ChatCompletion, Envelope, Model, ModelList, TextCompletion},
     },
+    page,
     pipeline::{self, AnswerStream, Ask, PipelineError},
     slots::{Slot, SlotState, Slots},
     sse::{self, Shape},
@@ -102,6 +103,8 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
         .or(healthy)
         .unify()
         .or(version)
+        .unify()
+        .or(page::routes())
         .unify()
         .boxed();
     warp::path::full().and(warp::any().and(found).map(Some).or_else(recover)).map(
