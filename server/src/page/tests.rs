@@ -46,6 +46,8 @@ async fn every_file_is_served_as_what_it_is_and_may_do_no_more_than_it_needs() {
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types dompurify",
         ] {
             assert!(policy.split("; ").any(|part| part == rule), "{rule} is not in {policy}");
         }
