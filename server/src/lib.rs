@@ -4,6 +4,7 @@
 //!
 //! - [`openai`]: the wire format.
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
+//! - [`page`]: the page at `/`.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
 //! - [`defaults`]: what holds where neither request nor configuration says.
@@ -16,6 +17,7 @@ pub mod lease;
 pub mod listen;
 pub mod measure;
 pub mod openai;
+pub mod page;
 pub mod pipeline;
 pub mod routes;
 pub mod served;

@@ -23,6 +23,7 @@ use crate::{
         parse,
         response::{ChatCompletion, Envelope, Model, ModelList, TextCompletion, WireUsage},
     },
+    page,
     pipeline::{self, AnswerStream, Ask, InLine, PipelineError},
     slots::{Slot, SlotState, Slots},
     sse::{self, Shape},
@@ -103,6 +104,8 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
         .or(healthy)
         .unify()
         .or(version)
+        .unify()
+        .or(page::routes())
         .unify()
         .boxed();
     warp::path::full().and(warp::any().and(found).map(Some).or_else(recover)).map(
