@@ -1,0 +1,40 @@
+//! Handing a request to a model, whatever surface it came through.
+
+use std::sync::Arc;
+
+use mesh_core::SubmitError;
+
+use crate::{
+    error::ApiError,
+    lease::Lease,
+    pipeline::{self, AnswerStream, Ask, PipelineError},
+    slots::Slots,
+};
+
+/// Finds the model and hands the request to it; returns the name it is served under.
+pub(super) async fn opened(slots: &Slots, model: &str, ask: Ask) -> Result<(String, AnswerStream), ApiError> {
+    on_model(slots, model, |lease| pipeline::open(lease, ask.clone())).await
+}
+
+/// Does something with a model; returns the name it is served under beside. An engine that turns out to be over is started
+/// again, once. One that is to make room is not over before the lease is.
+pub(super) async fn on_model<T, F>(
+    slots: &Slots,
+    model: &str,
+    attempt: impl Fn(Lease) -> F,
+) -> Result<(String, T), ApiError>
+where
+    F: Future<Output = Result<T, PipelineError>>,
+{
+    let slot = slots.get(model)?;
+    let lease = slot.model(None).await?;
+    let model = Arc::clone(&lease);
+    let outcome = match attempt(lease).await {
+        Err(PipelineError::Submit(SubmitError::Gone { why })) => {
+            tracing::warn!(%why, "the engine is gone; trying once more");
+            attempt(slot.model(Some(model)).await?).await?
+        }
+        outcome => outcome?,
+    };
+    Ok((slot.name(), outcome))
+}
