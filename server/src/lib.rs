@@ -4,6 +4,7 @@
 //!
 //! - [`openai`]: the wire format.
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
+//! - [`running`]: what can be cancelled.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
 //! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
@@ -16,6 +17,7 @@ pub mod measure;
 pub mod openai;
 pub mod pipeline;
 pub mod routes;
+pub mod running;
 pub mod served;
 pub mod slots;
 pub mod sse;

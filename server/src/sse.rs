@@ -21,7 +21,8 @@ use warp::{
 use crate::{
     error::ApiError,
     openai::response::{ChatChunk, Envelope, TextCompletion},
-    pipeline::{AnswerStream, Part},
+    pipeline::Part,
+    running::Broken,
 };
 
 /// Silence after which a comment is sent, so that nobody in between takes the connection for dead.
@@ -41,7 +42,12 @@ pub enum Shape {
 
 /// A whole answer in events: chunks, the usage if asked for, `[DONE]`. An engine that fails underway ends it with an
 /// `error` event.
-pub fn reply(parts: AnswerStream, envelope: Envelope, shape: Shape, include_usage: bool) -> Response {
+pub fn reply(
+    parts: impl Stream<Item = Result<Part, Broken>> + Send + 'static,
+    envelope: Envelope,
+    shape: Shape,
+    include_usage: bool,
+) -> Response {
     let first = (shape == Shape::Chat).then(|| data(&ChatChunk::role(&envelope)));
     let mut comments = Comments::default();
     let rest = parts.flat_map(move |part| {
@@ -49,7 +55,12 @@ pub fn reply(parts: AnswerStream, envelope: Envelope, shape: Shape, include_usag
         let comment = comment.map(|text| Event::default().comment(format!(" {text}")));
         stream::iter(comment.into_iter().chain(events(part, &envelope, shape, include_usage)))
     });
-    let events = stream::iter(first).chain(rest).map(Ok::<_, Infallible>);
+    respond(stream::iter(first).chain(rest))
+}
+
+/// An answer made of these events.
+pub(crate) fn respond(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    let events = events.map(Ok::<_, Infallible>);
     let kept_alive = warp::sse::keep_alive().interval(KEEP_ALIVE).stream(Exclusive::new(events));
     let mut response = warp::sse::reply(kept_alive).into_response();
     // no-transform and x-accel-buffering keep proxies from collecting events.
@@ -58,12 +69,7 @@ pub fn reply(parts: AnswerStream, envelope: Envelope, shape: Shape, include_usag
     response
 }
 
-fn events(
-    part: Result<Part, mesh_core::EngineError>,
-    envelope: &Envelope,
-    shape: Shape,
-    include_usage: bool,
-) -> Vec<Event> {
+fn events(part: Result<Part, Broken>, envelope: &Envelope, shape: Shape, include_usage: bool) -> Vec<Event> {
     match part {
         // What comments are for.
         Ok(Part::Queued { .. } | Part::Prefill { .. }) => Vec::new(),
@@ -86,23 +92,31 @@ fn events(
             events
         }
         Err(error) => {
-            tracing::error!(answer = %envelope.id, %error, "an answer broke off");
+            broke_off(&envelope.id, &error);
             vec![data(&ApiError::from(error).body()).event(" error")]
         }
+    }
+}
+
+/// Says in the log that an answer did not come to its end.
+pub(crate) fn broke_off(id: &str, error: &Broken) {
+    match error {
+        Broken::Cancelled => tracing::info!(answer = %id, "an answer was cancelled"),
+        Broken::Engine(error) => tracing::error!(answer = %id, %error, "an answer broke off"),
     }
 }
 
 /// What a stream says before the answer begins: comments, which no client takes for a part of it, and which keep those in
 /// between from taking the connection for dead.
 #[derive(Debug, Default)]
-struct Comments {
+pub(crate) struct Comments {
     ahead: Option<u32>,
     prefill: Option<Instant>,
 }
 
 impl Comments {
     /// The comment on `part` at `now`, if there is something new to say and it was not said just before.
-    fn on(&mut self, part: &Part, now: Instant) -> Option<String> {
+    pub(crate) fn on(&mut self, part: &Part, now: Instant) -> Option<String> {
         match *part {
             Part::Queued { ahead } => {
                 (self.ahead.replace(ahead) != Some(ahead)).then(|| format!("queued, {ahead} ahead"))
@@ -130,7 +144,7 @@ pub(crate) fn text(delta: Delta) -> String {
 }
 
 /// The space after the colon is not part of the data, but many clients look for `data: `.
-fn data(value: &impl Serialize) -> Event {
+pub(crate) fn data(value: &impl Serialize) -> Event {
     // Serialization of our own types to a string has no way to fail.
     Event::default().data(format!(" {}", serde_json::to_string(value).unwrap_or_default()))
 }

@@ -173,6 +173,11 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The bytes that a token stands for within a text, special tokens as they are spelled. `None` if there is no such token.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        self.decoded_token(id).map(|token| self.plan.bytes(token))
+    }
+
     /// Whether a token is special: not part of what users read.
     pub fn is_special(&self, token: &str) -> bool {
         self.inner.get_added_vocabulary().is_special_token(token)

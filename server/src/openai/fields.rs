@@ -16,7 +16,7 @@ pub const STOP_BYTES_MAX: usize = 1024;
 pub const LOGIT_BIAS_MAX: usize = 1024;
 
 /// `stream_options`.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StreamOptions {
     /// Send one more chunk with the usage before the end.
@@ -53,7 +53,7 @@ impl<'de> Deserialize<'de> for Strings {
 macro_rules! request {
     ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$meta])*
-        #[derive(Clone, Debug, Default, serde::Deserialize)]
+        #[derive(Clone, Debug, Default, serde::Deserialize, schemars::JsonSchema)]
         #[serde(deny_unknown_fields, expecting = "an object")]
         #[allow(missing_docs)]
         pub struct $name {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::BadRequest;
 
 /// A message of a request.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "a message object")]
 #[allow(missing_docs)]
 pub struct WireMessage {
@@ -35,7 +35,7 @@ pub enum Content {
 }
 
 /// One part of a message.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(expecting = "a content part object")]
 #[allow(missing_docs)]
 pub struct Part {
@@ -74,7 +74,7 @@ impl<'de> Deserialize<'de> for Content {
 }
 
 /// A tool call that the assistant made earlier.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "a tool call object")]
 #[allow(missing_docs)]
 pub struct WireCall {
@@ -87,7 +87,7 @@ pub struct WireCall {
 }
 
 /// What a tool call calls.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "an object with `name` and `arguments`")]
 pub struct WireFunctionCall {
     /// The function.

@@ -5,14 +5,20 @@
 //! - [`bad_request`]: what can be wrong with a request, and the reading of JSON.
 //! - [`fields`]: parameters that chat and text completions share.
 //! - [`chat`], [`completion`]: the two requests.
+//! - [`embedding`], [`model`], [`tokens`], [`cancel`]: the surfaces beside them.
 //! - [`response`]: answers, chunks, models, errors.
 
 pub mod bad_request;
+pub mod cancel;
 pub mod chat;
 pub mod completion;
+pub mod embedding;
 pub mod fields;
 pub mod message;
+pub mod model;
 pub mod response;
+pub(crate) mod schema;
+pub mod tokens;
 
 pub use bad_request::{BadRequest, parse};
 pub use chat::ChatRequest;

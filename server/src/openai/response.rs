@@ -2,12 +2,13 @@
 
 use mesh_core::{FinishReason, Usage};
 use mesh_text::{Answer, Delta};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::{Finish, Finished};
 
 /// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum WireFinish {
@@ -27,7 +28,7 @@ impl From<Finish> for WireFinish {
 }
 
 /// `usage`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct WireUsage {
     pub prompt_tokens: u32,
@@ -37,7 +38,7 @@ pub struct WireUsage {
 }
 
 /// `usage.prompt_tokens_details`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct PromptTokensDetails {
     pub cached_tokens: u32,
@@ -66,7 +67,7 @@ pub struct Envelope {
 }
 
 /// A tool call in an answer or a chunk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct AnswerCall {
     /// Present in chunks only.
@@ -79,7 +80,7 @@ pub struct AnswerCall {
 }
 
 /// The function of a tool call.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct AnswerFunction {
     pub name: String,
@@ -94,7 +95,7 @@ fn call_id(envelope: &Envelope, index: usize) -> String {
 }
 
 /// `chat.completion`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatCompletion {
     pub id: String,
@@ -106,7 +107,7 @@ pub struct ChatCompletion {
 }
 
 /// The one choice of a chat completion.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatChoice {
     pub index: u32,
@@ -116,7 +117,7 @@ pub struct ChatChoice {
 }
 
 /// The assistant's message.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct AnswerMessage {
     pub role: &'static str,
@@ -162,7 +163,7 @@ impl ChatCompletion {
 }
 
 /// `chat.completion.chunk`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatChunk {
     pub id: String,
@@ -175,7 +176,7 @@ pub struct ChatChunk {
 }
 
 /// The one choice of a chunk.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChunkChoice {
     pub index: u32,
@@ -186,7 +187,7 @@ pub struct ChunkChoice {
 }
 
 /// What a chunk adds to the message.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChunkDelta {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -255,7 +256,7 @@ impl ChatChunk {
 }
 
 /// `text_completion`, whole or a chunk.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct TextCompletion {
     pub id: String,
@@ -268,7 +269,7 @@ pub struct TextCompletion {
 }
 
 /// The one choice of a text completion.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct TextChoice {
     pub index: u32,
@@ -315,14 +316,14 @@ impl TextCompletion {
 }
 
 /// `{"error": …}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     /// The error.
     pub error: ErrorObject,
 }
 
 /// An OpenAI error object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorObject {
     /// What was wrong, and what to do next.
     pub message: String,
@@ -335,35 +336,4 @@ pub struct ErrorObject {
     /// The field it is about.
     #[serde(default)]
     pub param: Option<String>,
-}
-
-/// One model of `/v1/models`.
-#[derive(Clone, Debug, Serialize)]
-#[allow(missing_docs)]
-pub struct Model {
-    pub id: String,
-    pub object: &'static str,
-    pub created: u64,
-    pub owned_by: &'static str,
-    /// `cold`, `loading`, `ready`, `unloading`, `failed` or `stopped`.
-    pub status: &'static str,
-    /// The backend that serves it, once one does.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub backend: Option<&'static str>,
-    /// Longest prompt and answer together, in tokens, once known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub context_length: Option<u32>,
-    /// Whether it stays in memory whatever comes.
-    pub pinned: bool,
-    /// Memory that is set aside for it, in bytes.
-    pub reserved_bytes: u64,
-}
-
-/// `/v1/models`.
-#[derive(Clone, Debug, Serialize)]
-pub struct ModelList {
-    /// `list`.
-    pub object: &'static str,
-    /// The models.
-    pub data: Vec<Model>,
 }

@@ -33,6 +33,8 @@ pub struct Finished {
     pub usage: Usage,
     /// How long, where the engine came to say it.
     pub timings: Option<Timings>,
+    /// The stop string that ended it, if one did.
+    pub stopped_by: Option<String>,
 }
 
 /// What an answer's stream yields. It ends with exactly one [`Part::Finished`] or one error.
@@ -66,6 +68,7 @@ pub struct AnswerStream {
     ready: VecDeque<Part>,
     usage: Usage,
     called_tools: bool,
+    stopped_by: Option<String>,
     /// Given up last: nobody stops the engine before.
     model: Lease,
 }
@@ -89,6 +92,7 @@ impl AnswerStream {
             ready: VecDeque::new(),
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
             called_tools: false,
+            stopped_by: None,
             model,
         }
     }
@@ -131,6 +135,7 @@ impl AnswerStream {
         let output = self.stop.push(text);
         self.parse(&output.text);
         if output.stopped.is_some() {
+            self.stopped_by = output.stopped;
             // Nobody will read on: dropping the events is what cancels the job.
             self.events = None;
             self.finish(Finish::StopString, None);
@@ -169,7 +174,8 @@ impl AnswerStream {
             _ if self.called_tools => Finish::ToolCalls,
             _ => finish,
         };
-        self.ready.push_back(Part::Finished(Finished { finish, usage: self.usage, timings }));
+        let stopped_by = self.stopped_by.take();
+        self.ready.push_back(Part::Finished(Finished { finish, usage: self.usage, timings, stopped_by }));
     }
 }
 
@@ -199,7 +205,9 @@ impl Stream for AnswerStream {
 }
 
 /// Puts the whole answer together: the same deltas, folded.
-pub async fn collect(mut parts: AnswerStream) -> Result<(Answer, Finished), EngineError> {
+pub async fn collect<E: From<EngineError>>(
+    mut parts: impl Stream<Item = Result<Part, E>> + Unpin,
+) -> Result<(Answer, Finished), E> {
     let mut deltas = Vec::new();
     while let Some(part) = parts.next().await {
         match part? {
@@ -208,5 +216,5 @@ pub async fn collect(mut parts: AnswerStream) -> Result<(Answer, Finished), Engi
             Part::Finished(finished) => return Ok((assemble(deltas), finished)),
         }
     }
-    Err(EngineError::Stopped)
+    Err(EngineError::Stopped.into())
 }

@@ -4,9 +4,11 @@
 //! Knows neither HTTP nor JSON of any API.
 
 pub mod answer;
+pub mod embed;
 pub mod error;
 mod landmarks;
 pub mod prompt;
+pub mod tokens;
 
 use mesh_core::{Grammar, Job, Knob, Sampling, chat::Message};
 use serde_json::{Map, Value};

@@ -10,7 +10,7 @@ use crate::{
     error::ApiError,
     openai::{
         ChatRequest, CompletionRequest, parse,
-        response::{ChatCompletion, Envelope, TextCompletion},
+        response::{ChatChunk, ChatCompletion, Envelope, TextCompletion},
     },
     pipeline,
     sse::{self, Shape},
@@ -18,8 +18,16 @@ use crate::{
 
 pub(super) fn routes() -> Vec<Route> {
     vec![
-        Route::post("/v1/chat/completions", |door, call| generated(Shape::Chat, door, call)),
-        Route::post("/v1/completions", |door, call| generated(Shape::Text, door, call)),
+        Route::post("/v1/chat/completions", |door, call| generated(Shape::Chat, door, call))
+            .says("The next message of a conversation.")
+            .takes::<ChatRequest>()
+            .gives::<ChatCompletion>()
+            .streams::<ChatChunk>(),
+        Route::post("/v1/completions", |door, call| generated(Shape::Text, door, call))
+            .says("The continuation of a text.")
+            .takes::<CompletionRequest>()
+            .gives::<TextCompletion>()
+            .streams::<TextCompletion>(),
     ]
 }
 
@@ -41,7 +49,10 @@ async fn generated(shape: Shape, door: Arc<Door>, mut call: Call) -> Result<Resp
     };
     drop(body);
     let field = if shape == Shape::Chat { "messages" } else { "prompt" };
-    let (model, parts) = opened(&door.slots, &shared.model, ask).await.map_err(|error| error.prompt_in(field))?;
+    let ticket = door.running.enter([id.as_str()].into_iter().chain(call.request_id()))?;
+    let opening = opened(&door.slots, &shared.model, ask);
+    let (model, parts) = ticket.unless_cancelled(opening).await.map_err(|error| error.prompt_in(field))?;
+    let parts = ticket.watch(parts);
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let envelope = Envelope { id, created, model };
     if shared.stream {

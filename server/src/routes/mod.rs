@@ -1,10 +1,13 @@
 //! What is served where. One file a surface; [`all`] is the one list of what there is.
 
+mod cancel;
 mod completions;
+mod embeddings;
 mod health;
 mod models;
 mod open;
 mod route;
+mod tokens;
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -16,18 +19,28 @@ use warp::{
     reply::Response,
 };
 
-use crate::{error::ApiError, slots::Slots};
+use crate::{error::ApiError, running::Running, slots::Slots};
 pub(crate) use route::{Call, Door};
 use route::{Route, matched};
 
 /// Every route, in the order in which they are tried.
 fn all() -> Vec<Route> {
-    [completions::routes(), models::routes(), health::routes()].into_iter().flatten().collect()
+    [
+        completions::routes(),
+        embeddings::routes(),
+        tokens::routes(),
+        cancel::routes(),
+        models::routes(),
+        health::routes(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// All routes. Only generation waits for anything; the rest reads snapshots.
 pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infallible> + Clone + Send + Sync + 'static {
-    let door = Arc::new(Door { slots });
+    let door = Arc::new(Door { slots, running: Running::default() });
     let found = all()
         .into_iter()
         .map(|route| filter(route, door.clone()))
@@ -41,7 +54,7 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
 }
 
 fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
-    let Route { method, path, handler } = route;
+    let Route { method, path, handler, .. } = route;
     let here = warp::path::full().and_then(move |full: FullPath| async move {
         matched(path, full.as_str()).ok_or_else(warp::reject::not_found)
     });

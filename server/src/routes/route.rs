@@ -5,32 +5,87 @@ use std::{pin::Pin, sync::Arc};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use percent_encoding::percent_decode_str;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use warp::{
     Buf,
     http::{HeaderMap, Method, header},
     reply::Response,
 };
 
-use crate::{body, error::ApiError, slots::Slots};
+use crate::{body, error::ApiError, listen, openai::BadRequest, running::Running, slots::Slots};
 
 /// What all handlers share.
 pub(crate) struct Door {
     /// The models.
     pub slots: Slots,
+    /// What can be cancelled.
+    pub running: Running,
+}
+
+impl Door {
+    /// The model that was asked for, or the only one.
+    pub fn model_or_only(&self, asked: Option<String>) -> Result<String, ApiError> {
+        let mut slots = self.slots.iter();
+        match (asked.filter(|name| !name.is_empty()), slots.next(), slots.next()) {
+            (Some(name), ..) => Ok(name),
+            (None, Some(only), None) => Ok(only.name()),
+            _ => Err(BadRequest::missing("model").into()),
+        }
+    }
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response, ApiError>> + Send>>;
 type Handler = Arc<dyn Fn(Arc<Door>, Call) -> Answer + Send + Sync>;
+
+type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
+
+/// Whose form errors have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ErrorForm {
+    OpenAi,
+    Anthropic,
+}
 
 /// One method of one path.
 pub(crate) struct Route {
     pub method: Method,
     /// A segment in braces takes any text; `{name*}` at the end takes all that is left, slashes included.
     pub path: &'static str,
+    /// In a sentence.
+    pub summary: &'static str,
+    pub form: ErrorForm,
+    pub request: Option<SchemaOf>,
+    pub response: Option<SchemaOf>,
+    /// What each event of a stream holds.
+    pub event: Option<SchemaOf>,
     pub handler: Handler,
 }
 
 impl Route {
+    pub fn says(self, summary: &'static str) -> Self {
+        Self { summary, ..self }
+    }
+
+    /// The body it reads.
+    pub fn takes<T: JsonSchema>(self) -> Self {
+        Self { request: Some(|generator| generator.subschema_for::<T>()), ..self }
+    }
+
+    /// The body it answers with.
+    pub fn gives<T: JsonSchema>(self) -> Self {
+        Self { response: Some(|generator| generator.subschema_for::<T>()), ..self }
+    }
+
+    /// The events it answers with where `stream` is true.
+    pub fn streams<T: JsonSchema>(self) -> Self {
+        Self { event: Some(|generator| generator.subschema_for::<T>()), ..self }
+    }
+
+    /// Errors are in Anthropic's form.
+    pub fn anthropic(self) -> Self {
+        Self { form: ErrorForm::Anthropic, ..self }
+    }
+
     fn new<F>(
         method: Method,
         path: &'static str,
@@ -39,7 +94,16 @@ impl Route {
     where
         F: Future<Output = Result<Response, ApiError>> + Send + 'static,
     {
-        Self { method, path, handler: Arc::new(move |door, call| Box::pin(handler(door, call))) }
+        Self {
+            method,
+            path,
+            summary: "",
+            form: ErrorForm::OpenAi,
+            request: None,
+            response: None,
+            event: None,
+            handler: Arc::new(move |door, call| Box::pin(handler(door, call))),
+        }
     }
 
     pub fn get<F>(path: &'static str, handler: impl Fn(Arc<Door>, Call) -> F + Send + Sync + 'static) -> Self
@@ -47,6 +111,13 @@ impl Route {
         F: Future<Output = Result<Response, ApiError>> + Send + 'static,
     {
         Self::new(Method::GET, path, handler)
+    }
+
+    pub fn delete<F>(path: &'static str, handler: impl Fn(Arc<Door>, Call) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Result<Response, ApiError>> + Send + 'static,
+    {
+        Self::new(Method::DELETE, path, handler)
     }
 
     pub fn post<F>(path: &'static str, handler: impl Fn(Arc<Door>, Call) -> F + Send + Sync + 'static) -> Self
@@ -62,7 +133,6 @@ pub(crate) struct Call {
     /// What the braces of the path took, decoded.
     pub params: Vec<String>,
     /// What follows the question mark.
-    #[allow(dead_code)]
     pub query: Option<String>,
     pub headers: HeaderMap,
     body: Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send>>,
@@ -83,6 +153,11 @@ impl Call {
     pub async fn read(&mut self) -> Result<Vec<u8>, ApiError> {
         let number = |name| self.headers.get(name)?.to_str().ok()?.parse().ok();
         body::read(number(header::CONTENT_LENGTH), self.headers.contains_key(header::EXPECT), &mut self.body).await
+    }
+
+    /// What the request is called, by the client or by the listener.
+    pub fn request_id(&self) -> Option<&str> {
+        self.headers.get(listen::REQUEST_ID)?.to_str().ok()
     }
 
     /// What the first braces of the path took.

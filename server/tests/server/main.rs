@@ -6,5 +6,6 @@ mod fake;
 mod lifecycle;
 mod refusals;
 mod several;
+mod surfaces;
 
 use mesh_dialects as _;
