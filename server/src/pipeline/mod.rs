@@ -6,6 +6,7 @@
 pub mod answer;
 pub mod embed;
 pub mod error;
+mod hand_over;
 mod landmarks;
 pub mod prompt;
 pub mod tokens;
@@ -15,6 +16,7 @@ use serde_json::{Map, Value};
 
 pub use answer::{AnswerStream, Finish, Finished, Part, collect};
 pub use error::PipelineError;
+pub use hand_over::InLine;
 
 use crate::{lease::Lease, served::ServedModel};
 

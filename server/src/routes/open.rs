@@ -7,13 +7,15 @@ use mesh_core::SubmitError;
 use crate::{
     error::ApiError,
     lease::Lease,
-    pipeline::{self, AnswerStream, Ask, PipelineError},
+    pipeline::{self, AnswerStream, Ask, InLine, PipelineError},
     slots::Slots,
 };
 
-/// Finds the model and hands the request to it; returns the name it is served under.
+/// Finds the model and hands the request to it, or to the next one should the engine end before the request's turn; returns
+/// the name it is served under.
 pub(super) async fn opened(slots: &Slots, model: &str, ask: Ask) -> Result<(String, AnswerStream), ApiError> {
-    on_model(slots, model, |lease| pipeline::open(lease, ask.clone())).await
+    let (name, parts) = on_model(slots, model, |lease| pipeline::open(lease, ask.clone())).await?;
+    Ok((name, parts.in_line(InLine::new(slots.clone(), model, ask))))
 }
 
 /// Does something with a model; returns the name it is served under beside. An engine that turns out to be over is started
