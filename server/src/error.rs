@@ -148,7 +148,15 @@ impl ApiError {
 
 impl Reply for ApiError {
     fn into_response(self) -> Response {
-        let mut response = warp::reply::json(&self.body()).into_response();
+        let body = self.body();
+        self.with_body(&body)
+    }
+}
+
+impl ApiError {
+    /// The answer, with its body in another form.
+    pub(crate) fn with_body(self, body: &impl serde::Serialize) -> Response {
+        let mut response = warp::reply::json(body).into_response();
         *response.status_mut() = self.status;
         if let Some(after) = self.retry_after {
             // Rounded up, and never 0: clients take that as an invitation to try without end.

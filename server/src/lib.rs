@@ -2,13 +2,14 @@
 //!
 //! Names no backend and no family: it finds what the binary links through the registry.
 //!
-//! - [`openai`]: the wire format.
+//! - [`openai`], [`anthropic`]: the wire formats.
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
 //! - [`running`]: what can be cancelled.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
 //! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
 
+pub mod anthropic;
 pub mod body;
 pub mod error;
 pub mod lease;
@@ -22,3 +23,4 @@ pub mod served;
 pub mod slots;
 pub mod sse;
 pub mod voting;
+mod wish;

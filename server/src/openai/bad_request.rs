@@ -115,6 +115,11 @@ pub(crate) fn element<T: DeserializeOwned>(path: &str, value: Value) -> Result<T
     })
 }
 
+/// A client's word, short enough to be repeated to it.
+pub(crate) fn brief(word: &str) -> String {
+    word.chars().take(40).collect()
+}
+
 /// The type of a value, for people.
 pub(crate) fn kind(value: &Value) -> &'static str {
     match value {

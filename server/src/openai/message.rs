@@ -6,7 +6,7 @@ use mesh_core::chat::{FunctionCall, Message, ToolCall};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 
-use super::BadRequest;
+use super::{BadRequest, bad_request::brief};
 
 /// A message of a request.
 #[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
@@ -199,9 +199,4 @@ pub fn tools(tools: &[Value]) -> Result<(), BadRequest> {
         }
     }
     Ok(())
-}
-
-/// A client's word, short enough to be repeated to it.
-fn brief(word: &str) -> String {
-    word.chars().take(40).collect()
 }

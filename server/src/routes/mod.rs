@@ -4,6 +4,7 @@ mod cancel;
 mod completions;
 mod embeddings;
 mod health;
+mod messages;
 mod models;
 mod open;
 mod route;
@@ -27,6 +28,7 @@ use route::{Route, matched};
 fn all() -> Vec<Route> {
     [
         completions::routes(),
+        messages::routes(),
         embeddings::routes(),
         tokens::routes(),
         cancel::routes(),
@@ -54,7 +56,7 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
 }
 
 fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
-    let Route { method, path, handler, .. } = route;
+    let Route { method, path, handler, form, .. } = route;
     let here = warp::path::full().and_then(move |full: FullPath| async move {
         matched(path, full.as_str()).ok_or_else(warp::reject::not_found)
     });
@@ -69,7 +71,9 @@ fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
         .and(warp::header::headers_cloned())
         .and(warp::body::stream())
         .then(move |params: Vec<String>, query: Option<String>, headers: HeaderMap, body| {
-            let answer = handler(door.clone(), Call::new(params, query, headers, body));
+            let call = Call::new(params, query, headers, body);
+            let request_id = call.request_id().map(str::to_owned);
+            let answer = handler(door.clone(), call);
             async move {
                 answer.await.unwrap_or_else(|error| {
                     // Not the message: it may quote what was sent.
@@ -81,7 +85,7 @@ fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
                         param = object.param,
                         "refused"
                     );
-                    error.into_response()
+                    form.reply(error, request_id.as_deref())
                 })
             }
         })

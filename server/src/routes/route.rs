@@ -7,12 +7,12 @@ use futures::{Stream, StreamExt};
 use percent_encoding::percent_decode_str;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use warp::{
-    Buf,
+    Buf, Reply,
     http::{HeaderMap, Method, header},
     reply::Response,
 };
 
-use crate::{body, error::ApiError, listen, openai::BadRequest, running::Running, slots::Slots};
+use crate::{anthropic, body, error::ApiError, listen, openai::BadRequest, running::Running, slots::Slots};
 
 /// What all handlers share.
 pub(crate) struct Door {
@@ -44,6 +44,18 @@ type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
 pub(crate) enum ErrorForm {
     OpenAi,
     Anthropic,
+}
+
+impl ErrorForm {
+    pub fn reply(self, error: ApiError, request_id: Option<&str>) -> Response {
+        match self {
+            Self::OpenAi => error.into_response(),
+            Self::Anthropic => {
+                let body = anthropic::error::ErrorBody::new(&error, request_id);
+                error.with_body(&body)
+            }
+        }
+    }
 }
 
 /// One method of one path.
