@@ -48,6 +48,11 @@ impl ApiError {
         self
     }
 
+    /// Says which field it is about.
+    pub(crate) fn about(self, param: &str) -> Self {
+        self.param(param)
+    }
+
     /// Names the field that holds the prompt, for errors about prompts, which do not know what request they came in.
     pub(crate) fn prompt_in(mut self, field: &str) -> Self {
         if matches!(self.object.param.as_deref(), Some("messages" | "prompt")) {

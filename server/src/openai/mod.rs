@@ -6,6 +6,7 @@
 //! - [`fields`]: parameters that chat and text completions share.
 //! - [`chat`], [`completion`]: the two requests.
 //! - [`embedding`], [`model`], [`tokens`], [`cancel`]: the surfaces beside them.
+//! - [`responses`]: a surface of its own.
 //! - [`response`]: answers, chunks, models, errors.
 
 pub mod bad_request;
@@ -17,6 +18,7 @@ pub mod fields;
 pub mod message;
 pub mod model;
 pub mod response;
+pub mod responses;
 pub(crate) mod schema;
 pub mod tokens;
 

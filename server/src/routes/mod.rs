@@ -7,6 +7,7 @@ mod health;
 mod messages;
 mod models;
 mod open;
+mod responses;
 mod route;
 mod tokens;
 
@@ -20,7 +21,7 @@ use warp::{
     reply::Response,
 };
 
-use crate::{error::ApiError, running::Running, slots::Slots};
+use crate::{error::ApiError, openai::responses::Store, running::Running, slots::Slots};
 pub(crate) use route::{Call, Door};
 use route::{Route, matched};
 
@@ -29,6 +30,7 @@ fn all() -> Vec<Route> {
     [
         completions::routes(),
         messages::routes(),
+        responses::routes(),
         embeddings::routes(),
         tokens::routes(),
         cancel::routes(),
@@ -42,7 +44,7 @@ fn all() -> Vec<Route> {
 
 /// All routes. Only generation waits for anything; the rest reads snapshots.
 pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infallible> + Clone + Send + Sync + 'static {
-    let door = Arc::new(Door { slots, running: Running::default() });
+    let door = Arc::new(Door { slots, running: Running::default(), store: Store::default() });
     let found = all()
         .into_iter()
         .map(|route| filter(route, door.clone()))

@@ -12,7 +12,14 @@ use warp::{
     reply::Response,
 };
 
-use crate::{anthropic, body, error::ApiError, listen, openai::BadRequest, running::Running, slots::Slots};
+use crate::{
+    anthropic, body,
+    error::ApiError,
+    listen,
+    openai::{BadRequest, responses::Store},
+    running::Running,
+    slots::Slots,
+};
 
 /// What all handlers share.
 pub(crate) struct Door {
@@ -20,6 +27,8 @@ pub(crate) struct Door {
     pub slots: Slots,
     /// What can be cancelled.
     pub running: Running,
+    /// What can be continued.
+    pub store: Store,
 }
 
 impl Door {

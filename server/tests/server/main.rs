@@ -4,6 +4,7 @@ mod answers;
 mod bounds;
 mod fake;
 mod lifecycle;
+mod messages;
 mod refusals;
 mod several;
 mod surfaces;
