@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use mesh_core::{EngineError, Hint, SubmitError, TemplateError};
+use mesh_text::ConstraintError;
 use warp::{
     Reply,
     http::{HeaderValue, StatusCode, header::RETRY_AFTER},
@@ -217,6 +218,13 @@ impl From<PipelineError> for ApiError {
             PipelineError::Template(_) => Self::invalid("no_chat_template", message).param("messages"),
             PipelineError::NoTools { .. } => Self::invalid("unsupported_parameter", message).param("tools"),
             PipelineError::NoSwitch { field, .. } => Self::invalid("unsupported_parameter", message).param(field),
+            PipelineError::Constraint {
+                field,
+                error: ConstraintError::Schema(_) | ConstraintError::Grammar { .. },
+            } => Self::invalid("invalid_value", message).param(field),
+            PipelineError::Constraint { field, .. } => Self::invalid("unsupported_parameter", message).param(field),
+            PipelineError::NoStrict => Self::invalid("unsupported_parameter", message).param("tools"),
+            PipelineError::NoEcho => Self::invalid("unsupported_parameter", message).param("echo"),
             PipelineError::Submit(error) => Self::submit(error, message),
             PipelineError::Engine(error) => error.into(),
             PipelineError::TokensUnknown => Self::invalid("unsupported", message).param("model"),

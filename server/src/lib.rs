@@ -7,10 +7,12 @@
 //! - [`running`]: what can be cancelled.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
+//! - [`defaults`]: what holds where neither request nor configuration says.
 //! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
 
 pub mod anthropic;
 pub mod body;
+pub mod defaults;
 pub mod error;
 pub mod lease;
 pub mod listen;
@@ -23,4 +25,3 @@ pub mod served;
 pub mod slots;
 pub mod sse;
 pub mod voting;
-mod wish;

@@ -39,7 +39,7 @@ impl Running {
     }
 
     /// Takes note of a request that can be cancelled by any of `names` until the ticket is dropped.
-    pub fn enter<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Ticket, ApiError> {
+    pub fn enter<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Arc<Ticket>, ApiError> {
         let mut inner = self.lock();
         if inner.entries.len() >= RUNNING_MAX {
             return Err(ApiError::crowded(RUNNING_MAX));
@@ -48,7 +48,7 @@ impl Running {
         inner.next += 1;
         let names = names.into_iter().map(str::to_owned).collect();
         inner.entries.insert(key, Entry { names, cancel: cancel.clone() });
-        Ok(Ticket { running: self.clone(), key, cancel })
+        Ok(Arc::new(Ticket { running: self.clone(), key, cancel }))
     }
 
     /// Cancels what is called that; tells whether there was anything.
@@ -88,9 +88,11 @@ impl Ticket {
         }
     }
 
-    /// An answer that ends when the request is cancelled. The request is running until the answer is over or dropped.
-    pub fn watch<S>(self, parts: S) -> Watched<S> {
-        Watched { parts: Some(parts), cancelled: Box::pin(self.cancel.clone().cancelled_owned()), ticket: Some(self) }
+    /// An answer that ends when the request is cancelled. The request is running until its answers are over or
+    /// dropped, and the ticket is.
+    pub fn watch<S>(self: &Arc<Self>, parts: S) -> Watched<S> {
+        let cancelled = Box::pin(self.cancel.clone().cancelled_owned());
+        Watched { parts: Some(parts), cancelled, ticket: Some(self.clone()) }
     }
 }
 
@@ -119,7 +121,7 @@ pub struct Watched<S> {
     /// None once it is over. Dropping it is what stops the engine.
     parts: Option<S>,
     cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
-    ticket: Option<Ticket>,
+    ticket: Option<Arc<Ticket>>,
 }
 
 impl<S, T> Stream for Watched<S>
@@ -156,6 +158,7 @@ mod tests {
         let running = Running::default();
         let ticket = running.enter(["chatcmpl-1", "mine"]).unwrap();
         let mut parts = ticket.watch(stream::iter([Part::Ok(1)]).chain(stream::pending()));
+        drop(ticket);
         assert_eq!(parts.next().await, Some(Ok(1)));
         assert!(futures::poll!(parts.next()).is_pending());
         assert!(!running.cancel("other") && running.cancel("mine"));

@@ -14,8 +14,7 @@ use crate::{
         bad_request::brief,
         fields::{refuse_set, stops, tokens_max, within},
     },
-    pipeline::{Ask, Chat, Effort, Subject},
-    wish::{Forced, Wish},
+    pipeline::{self, Ask, Chat, Effort, Subject},
 };
 
 /// Declares a request: its own fields and those that say what the model reads.
@@ -228,10 +227,10 @@ impl Read {
         messages.extend(content::messages(self.messages.ok_or_else(|| BadRequest::missing("messages"))?)?);
         let tools = self.tools.unwrap_or_default().into_iter().enumerate();
         let mut tools: Vec<_> = tools.map(|(index, tool)| tool.check(index)).collect::<Result<_, _>>()?;
-        let mut wish = Wish { names: FIELDS, ..Wish::default() };
+        let mut chat = Chat::default();
         if let Some(choice) = self.tool_choice {
-            wish.forced = choice.check(&mut tools)?;
-            wish.single_call = choice.disable_parallel_tool_use == Some(true) && !tools.is_empty();
+            chat.tool_choice = choice.check(&mut tools)?;
+            chat.single_call = choice.disable_parallel_tool_use == Some(true) && !tools.is_empty();
         }
         let (mut effort, grammar) = match self.output_config {
             Some(config) => config.check()?,
@@ -239,7 +238,7 @@ impl Read {
         };
         if let Some(thinking) = self.thinking {
             let (switch, budget) = thinking.check(limit)?;
-            wish.thinking_tokens_max = budget;
+            chat.thinking_tokens_max = budget;
             // A level says more than on.
             effort = match (switch, effort) {
                 (Some(false), Some(_)) => {
@@ -252,18 +251,9 @@ impl Read {
                 (_, effort) => effort,
             };
         }
-        let mut chat = Chat { messages, tools, effort, ..Chat::default() };
-        wish.put(&mut chat)?;
-        Ok((model, chat, grammar))
+        Ok((model, Chat { messages, tools, effort, ..chat }, grammar))
     }
 }
-
-/// What the wishes are called here.
-const FIELDS: crate::wish::Names = crate::wish::Names {
-    forced: "tool_choice.type",
-    single_call: "tool_choice.disable_parallel_tool_use",
-    thinking_tokens_max: "thinking.budget_tokens",
-};
 
 impl Tool {
     /// The tool as templates know tools.
@@ -297,24 +287,24 @@ impl Tool {
 
 impl ToolChoice {
     /// What is forced. `none` shows no tools to the model.
-    fn check(&self, tools: &mut Vec<Value>) -> Result<Option<Forced>, BadRequest> {
+    fn check(&self, tools: &mut Vec<Value>) -> Result<pipeline::ToolChoice, BadRequest> {
         if self.kind != "tool" && self.name.is_some() {
             return Err(BadRequest::value("tool_choice.name", "is only possible with `type`: \"tool\""));
         }
         match self.kind.as_str() {
-            "auto" => Ok(None),
+            "auto" => Ok(pipeline::ToolChoice::Auto),
             "none" => {
                 tools.clear();
-                Ok(None)
+                Ok(pipeline::ToolChoice::Auto)
             }
             "any" if tools.is_empty() => Err(BadRequest::value("tool_choice", "is only possible with `tools`")),
-            "any" => Ok(Some(Forced::Any)),
+            "any" => Ok(pipeline::ToolChoice::Required),
             "tool" => {
                 let name = self.name.clone().ok_or_else(|| BadRequest::missing("tool_choice.name"))?;
                 if !tools.iter().any(|tool| tool["function"]["name"] == name.as_str()) {
                     return Err(BadRequest::value("tool_choice.name", "has to be the name of one of `tools`"));
                 }
-                Ok(Some(Forced::Named(name)))
+                Ok(pipeline::ToolChoice::Named(name))
             }
             _ => Err(BadRequest::value("tool_choice.type", "has to be auto, any, tool or none")),
         }

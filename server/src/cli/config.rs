@@ -9,6 +9,7 @@ use std::{
 };
 
 use bytesize::ByteSize;
+use mesh_llm::defaults::{Manner, ReasoningField};
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
@@ -47,9 +48,31 @@ pub struct Config {
     pub offline: Option<bool>,
     /// Directory for mirrored and imported models.
     pub cache: Option<PathBuf>,
+    /// How models are presented to clients.
+    #[serde(default)]
+    pub api: ApiTable,
     /// Settings of backends, by id.
     #[serde(default)]
     pub backends: BTreeMap<String, Value>,
+}
+
+/// How models are presented to clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApiTable {
+    /// The field that holds reasoning: `reasoning_content`, `reasoning` or `both`.
+    #[serde(default)]
+    pub reasoning_field: ReasoningField,
+    /// Whether a model's `generation_config.json` counts where a request does not say; true if absent.
+    pub generation_config: Option<bool>,
+}
+
+impl ApiTable {
+    /// The same with what is absent filled in.
+    pub fn manner(&self) -> Manner {
+        let Self { reasoning_field, generation_config } = *self;
+        Manner { reasoning_field, generation_config: generation_config.unwrap_or(true) }
+    }
 }
 
 /// One of several models.
@@ -138,6 +161,9 @@ mod tests {
             ctx = 4096
             memory = 2147483648
             pin = true
+            [api]
+            reasoning_field = "both"
+            generation_config = false
             [backends.llama-server]
             args = ["--threads", "2"]
             "#,
@@ -147,6 +173,8 @@ mod tests {
         assert_eq!((config.max_parallel, config.max_queue), (Some(8), Some(0)));
         assert_eq!(config.backends["llama-server"]["args"][1], "2");
         assert_eq!((config.memory, config.idle_ttl_s), (Some(ByteSize::gib(8)), Some(600)));
+        let manner = Manner { reasoning_field: ReasoningField::Both, generation_config: false };
+        assert_eq!((config.api.manner(), ApiTable::default().manner()), (manner, Manner::default()));
         assert_eq!(config.models[0].memory, Some(ByteSize::gib(2)));
         assert!(config.models[0].pin && config.models[0].name.as_deref() == Some("small"));
     }

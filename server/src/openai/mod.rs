@@ -4,7 +4,9 @@
 //!
 //! - [`bad_request`]: what can be wrong with a request, and the reading of JSON.
 //! - [`fields`]: parameters that chat and text completions share.
+//! - [`format`]: what an answer has to be.
 //! - [`chat`], [`completion`]: the two requests.
+//! - [`logprobs`]: how likely tokens were, in both forms.
 //! - [`embedding`], [`model`], [`tokens`], [`cancel`]: the surfaces beside them.
 //! - [`responses`]: a surface of its own.
 //! - [`response`]: answers, chunks, models, errors.
@@ -15,6 +17,8 @@ pub mod chat;
 pub mod completion;
 pub mod embedding;
 pub mod fields;
+pub mod format;
+pub mod logprobs;
 pub mod message;
 pub mod model;
 pub mod response;

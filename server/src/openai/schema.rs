@@ -3,7 +3,7 @@
 use schemars::json_schema;
 
 use super::{
-    completion::Prompt,
+    completion::Prompts,
     fields::Strings,
     message::{Content, Part},
 };
@@ -33,7 +33,7 @@ schema!(Strings, "Strings", |_generator| json_schema!({
     "anyOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }]
 }));
 
-schema!(Prompt, "Prompt", |_generator| json_schema!({
+schema!(Prompts, "Prompt", |_generator| json_schema!({
     "anyOf": [
         { "type": "string" },
         { "type": "array", "items": { "type": "integer", "minimum": 0 } },

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mesh_core::{Embed, Embedded, EngineError, Pooling};
 
-use super::{PipelineError, Subject, prompt};
+use super::{PipelineError, Subject, constraint::Wish, prompt};
 use crate::served::ServedModel;
 
 /// One vector for each of `inputs`, in order.
@@ -20,7 +20,7 @@ pub async fn embed(
     let asked = inputs.len();
     let mut prompts = Vec::with_capacity(asked);
     for input in inputs {
-        prompts.push(prompt::prepare(model, input).await?.prompt);
+        prompts.push(prompt::prepare(model, input, Wish::default(), false).await?.prompt);
     }
     tracing::debug!(job = %id, inputs = asked, "embedding");
     let embedded = model.handle.embed(Embed { id, inputs: prompts, pooling }).await?;

@@ -1,7 +1,7 @@
 //! Why a request could not be handed to a model.
 
 use mesh_core::{EmbedError, EngineError, Hint, SubmitError, TemplateError};
-use mesh_text::TokenizerError;
+use mesh_text::{ConstraintError, TokenizerError};
 
 /// A request that was not admitted.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +38,20 @@ pub enum PipelineError {
         /// What the model has instead.
         why: String,
     },
+    /// The answer cannot be held to what is asked of it.
+    #[error("{error}")]
+    Constraint {
+        /// The request's field.
+        field: &'static str,
+        /// Why.
+        error: ConstraintError,
+    },
+    /// Calls that the model may make or not cannot be held to their functions.
+    #[error("`strict` functions are only supported here where `tool_choice` forces a call")]
+    NoStrict,
+    /// A prompt of tokens cannot be put in front of its answer.
+    #[error("`echo` of a prompt of tokens is not supported by this model's backend")]
+    NoEcho,
     /// The engine did not admit it.
     #[error(transparent)]
     Submit(#[from] SubmitError),
@@ -65,6 +79,11 @@ impl Hint for PipelineError {
             Self::TokensUnknown => Some("serve the model with a backend that takes tokens".into()),
             Self::NoEmbeddings => Some("serve the model with a backend that gives them; GET /v1/models says so".into()),
             Self::NoSwitch { field, .. } => Some(format!("leave `{field}` out")),
+            Self::Constraint { .. } => None,
+            Self::NoStrict => {
+                Some("leave `strict` out, or set `tool_choice` to `required` or a function's name".into())
+            }
+            Self::NoEcho => Some("send the prompt as text".into()),
             Self::Submit(SubmitError::TooLong { .. }) => {
                 Some("shorten the conversation, or start the server with a longer --ctx if the model allows it".into())
             }

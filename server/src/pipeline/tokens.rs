@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mesh_core::{Prompt, SubmitError};
 use mesh_text::{DecoderOptions, Tokenizer};
 
-use super::{Chat, PipelineError, Subject, prompt};
+use super::{Chat, PipelineError, Subject, constraint::Wish, prompt};
 use crate::served::ServedModel;
 
 /// A conversation as its template writes it.
@@ -54,7 +54,7 @@ pub async fn detokenize(model: &Arc<ServedModel>, ids: Vec<u32>) -> Result<Strin
 
 /// How many tokens the prompt of a request has.
 pub async fn count(model: &Arc<ServedModel>, subject: Subject) -> Result<usize, PipelineError> {
-    match prompt::prepare(model, subject).await?.prompt {
+    match prompt::prepare(model, subject, Wish::default(), false).await?.prompt {
         Prompt::Tokens(ids) => Ok(ids.len()),
         Prompt::Text { text, add_special } => Ok(ids(model, text, add_special).await?.len()),
     }

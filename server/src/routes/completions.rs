@@ -5,12 +5,14 @@ use std::{sync::Arc, time::SystemTime};
 use uuid::Uuid;
 use warp::{Reply, reply::Response};
 
-use super::{Call, Door, open::opened, route::Route};
+use super::{Call, Door, open::opened_all, route::Route};
 use crate::{
     error::ApiError,
     openai::{
-        ChatRequest, CompletionRequest, parse,
-        response::{ChatChunk, ChatCompletion, Envelope, TextCompletion},
+        ChatRequest, CompletionRequest,
+        completion::CompletionAsk,
+        parse,
+        response::{ChatChunk, ChatCompletion, Envelope, TextCompletion, WireUsage},
     },
     pipeline,
     sse::{self, Shape},
@@ -35,32 +37,42 @@ pub(super) fn routes() -> Vec<Route> {
 async fn generated(shape: Shape, door: Arc<Door>, mut call: Call) -> Result<Response, ApiError> {
     let body = call.read().await?;
     let id = Uuid::new_v4().simple();
-    let (id, (shared, ask)) = match shape {
+    let (id, shared, CompletionAsk { asks, n }) = match shape {
         Shape::Chat => {
             let id = format!("chatcmpl-{id}");
-            let asked = parse::<ChatRequest>(&body)?.ask(&id)?;
-            (id, asked)
+            let (shared, ask) = parse::<ChatRequest>(&body)?.ask(&id)?;
+            let n = ask.choices;
+            (id, shared, CompletionAsk { asks: vec![ask], n })
         }
         Shape::Text => {
             let id = format!("cmpl-{id}");
-            let asked = parse::<CompletionRequest>(&body)?.ask(&id)?;
-            (id, asked)
+            let (shared, asked) = parse::<CompletionRequest>(&body)?.ask(&id)?;
+            (id, shared, asked)
         }
     };
     drop(body);
     let field = if shape == Shape::Chat { "messages" } else { "prompt" };
+    let logprobs = asks.iter().any(|ask| ask.logprobs.is_some());
+    let choices = asks.first().map_or(1, |ask| ask.choices) as usize;
     let ticket = door.running.enter([id.as_str()].into_iter().chain(call.request_id()))?;
-    let opening = opened(&door.slots, &shared.model, ask);
-    let (model, parts) = ticket.unless_cancelled(opening).await.map_err(|error| error.prompt_in(field))?;
-    let parts = ticket.watch(parts);
+    let opening = opened_all(&door.slots, &shared.model, asks);
+    let (model, answers) = ticket.unless_cancelled(opening).await.map_err(|error| error.prompt_in(field))?;
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let envelope = Envelope { id, created, model };
+    let reasoning_field = answers.first().map(|answer| answer.model().manner.reasoning_field).unwrap_or_default();
+    let envelope = Envelope { id, created, model, reasoning_field, choices };
+    let answers: Vec<_> = answers.into_iter().map(|answer| ticket.watch(answer)).collect();
+    drop(ticket);
     if shared.stream {
-        return Ok(sse::reply(parts, envelope, shape, shared.include_usage));
+        return Ok(sse::reply(answers, envelope, shape, shared.include_usage));
     }
-    let (answer, finished) = pipeline::collect(parts).await?;
+    let answers = futures::future::try_join_all(answers.into_iter().map(pipeline::collect)).await?;
     Ok(match shape {
-        Shape::Chat => warp::reply::json(&ChatCompletion::new(envelope, answer, &finished)).into_response(),
-        Shape::Text => warp::reply::json(&TextCompletion::whole(&envelope, answer.content, &finished)).into_response(),
+        Shape::Chat => warp::reply::json(&ChatCompletion::new(envelope, answers, logprobs)).into_response(),
+        Shape::Text => {
+            let usage = WireUsage::of(answers.iter().map(|(_, finished)| finished), choices);
+            let answers =
+                if choices > n as usize { pipeline::likeliest(answers, choices, n as usize) } else { answers };
+            warp::reply::json(&TextCompletion::whole(&envelope, answers, usage, logprobs)).into_response()
+        }
     })
 }

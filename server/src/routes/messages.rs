@@ -60,6 +60,7 @@ async fn messages(door: Arc<Door>, mut call: Call) -> Result<Response, ApiError>
     let opening = opened(&door.slots, &model, ask);
     let (model, parts) = ticket.unless_cancelled(opening).await.map_err(|error| error.renamed(NAMES))?;
     let parts = ticket.watch(parts);
+    drop(ticket);
     let writer = Writer::new(id, model);
     if stream {
         return Ok(streamed(parts, writer, call.request_id().map(str::to_owned)));

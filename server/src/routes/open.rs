@@ -14,8 +14,22 @@ use crate::{
 /// Finds the model and hands the request to it, or to the next one should the engine end before the request's turn; returns
 /// the name it is served under.
 pub(super) async fn opened(slots: &Slots, model: &str, ask: Ask) -> Result<(String, AnswerStream), ApiError> {
-    let (name, parts) = on_model(slots, model, |lease| pipeline::open(lease, ask.clone())).await?;
-    Ok((name, parts.in_line(InLine::new(slots.clone(), model, ask))))
+    let (name, mut answers) = opened_all(slots, model, vec![Ask { choices: 1, ..ask }]).await?;
+    // One was asked for, and none is left out.
+    Ok((name, answers.pop().ok_or_else(ApiError::internal)?))
+}
+
+/// The same for several answers, in order.
+pub(super) async fn opened_all(
+    slots: &Slots,
+    model: &str,
+    asks: Vec<Ask>,
+) -> Result<(String, Vec<AnswerStream>), ApiError> {
+    let (name, answers) = on_model(slots, model, |lease| pipeline::open_all(lease, asks.clone())).await?;
+    let each = asks.iter().flat_map(|ask| (0..ask.choices).map(|choice| ask.choice(choice)));
+    let in_line =
+        answers.into_iter().zip(each).map(|(answer, ask)| answer.in_line(InLine::new(slots.clone(), model, ask)));
+    Ok((name, in_line.collect()))
 }
 
 /// Does something with a model; returns the name it is served under beside. An engine that turns out to be over is started

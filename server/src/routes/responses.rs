@@ -98,6 +98,7 @@ async fn responses(door: Arc<Door>, mut call: Call) -> Result<Response, ApiError
     let opening = opened(&door.slots, &asked.model, asked.ask(&id, &before));
     let (model, parts) = ticket.unless_cancelled(opening).await.map_err(|error| error.renamed(NAMES))?;
     let parts = ticket.watch(parts);
+    drop(ticket);
     let created_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let store = asked.echo.store.then(|| door.store.clone());
     let conversation = before.into_iter().chain(asked.messages).collect();

@@ -17,8 +17,7 @@ use crate::{
         bad_request::{brief, element, kind},
         fields::{refuse_set, tokens_max, within},
     },
-    pipeline::{Ask, Chat, Effort, Subject},
-    wish::{Forced, Names, Wish},
+    pipeline::{Ask, Chat, Effort, Subject, ToolChoice},
 };
 
 /// Most entries of `metadata`.
@@ -212,11 +211,9 @@ impl ResponsesRequest {
         let given = self.tools.unwrap_or_default();
         let mut tools: Vec<_> =
             given.iter().cloned().enumerate().map(|(index, value)| tool(index, value)).collect::<Result<_, _>>()?;
-        let mut wish = Wish { names: FIELDS, ..Wish::default() };
-        wish.forced = forced(self.tool_choice.as_ref(), &mut tools)?;
-        wish.single_call = self.parallel_tool_calls == Some(false) && !tools.is_empty();
-        let mut chat = Chat { tools, effort, ..Chat::default() };
-        wish.put(&mut chat)?;
+        let tool_choice = forced(self.tool_choice.as_ref(), &mut tools)?;
+        let single_call = self.parallel_tool_calls == Some(false) && !tools.is_empty();
+        let chat = Chat { tools, tool_choice, single_call, effort, ..Chat::default() };
         let echo = Echo {
             instructions: self.instructions,
             max_output_tokens: limit,
@@ -255,10 +252,6 @@ impl ResponsesRequest {
         }
     }
 }
-
-/// What the wishes are called here.
-const FIELDS: Names =
-    Names { forced: "tool_choice", single_call: "parallel_tool_calls", thinking_tokens_max: "reasoning" };
 
 fn effort(reasoning: &ReasoningOptions) -> Result<Option<Effort>, BadRequest> {
     match reasoning.summary.as_deref() {
@@ -326,16 +319,16 @@ fn tool(index: usize, value: Value) -> Result<Value, BadRequest> {
 }
 
 /// What is forced. `none` shows no tools to the model.
-fn forced(choice: Option<&Value>, tools: &mut Vec<Value>) -> Result<Option<Forced>, BadRequest> {
+fn forced(choice: Option<&Value>, tools: &mut Vec<Value>) -> Result<ToolChoice, BadRequest> {
     let forced = match choice {
-        None => return Ok(None),
+        None => return Ok(ToolChoice::Auto),
         Some(Value::String(choice)) => match choice.as_str() {
-            "auto" => return Ok(None),
+            "auto" => return Ok(ToolChoice::Auto),
             "none" => {
                 tools.clear();
-                return Ok(None);
+                return Ok(ToolChoice::Auto);
             }
-            "required" => Forced::Any,
+            "required" => ToolChoice::Required,
             _ => return Err(BadRequest::value("tool_choice", "has to be auto, none, required, or name a function")),
         },
         Some(choice) if choice.get("type").is_some_and(|kind| kind == "function") => {
@@ -344,12 +337,12 @@ fn forced(choice: Option<&Value>, tools: &mut Vec<Value>) -> Result<Option<Force
             if !tools.iter().any(|tool| tool["function"]["name"] == name) {
                 return Err(BadRequest::value("tool_choice.name", "has to be the name of one of `tools`"));
             }
-            Forced::Named(name.to_owned())
+            ToolChoice::Named(name.to_owned())
         }
         Some(_) => return Err(BadRequest::unsupported("tool_choice", "it has to be a word, or to name a function")),
     };
     if tools.is_empty() {
         return Err(BadRequest::value("tool_choice", "is only possible with `tools`"));
     }
-    Ok(Some(forced))
+    Ok(forced)
 }

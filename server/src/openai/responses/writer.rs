@@ -115,7 +115,7 @@ impl Writer {
         self.close(status, &mut events);
         self.response.status = status;
         self.response.incomplete_details = cut.then_some(Incomplete { reason: "max_output_tokens" });
-        self.response.usage = Some(ResponseUsage::new(finished.usage, reasoning_tokens(finished)));
+        self.response.usage = Some(ResponseUsage::new(finished.usage, finished.reasoning_tokens));
         events.push(self.whole(if cut { "response.incomplete" } else { "response.completed" }));
         events
     }
@@ -296,10 +296,4 @@ impl Writer {
         let item = item.clone();
         events.push(self.event("response.output_item.done", About::Item { output_index, item }));
     }
-}
-
-/// The pipeline does not count them yet: the one place to connect.
-fn reasoning_tokens(finished: &Finished) -> u32 {
-    let _ = finished;
-    0
 }
