@@ -1,6 +1,6 @@
 //! Whether the server lives, is ready, and which one it is.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use warp::{Reply, http::StatusCode};
 
 use super::route::Route;
@@ -8,21 +8,29 @@ use crate::slots::{SlotState, Slots};
 
 pub(super) fn routes() -> Vec<Route> {
     vec![
-        Route::get("/livez", |_, _| async { Ok(warp::reply::json(&json!({ "status": "ok" })).into_response()) }),
+        Route::get("/livez", |_, _| async { Ok(warp::reply::json(&json!({ "status": "ok" })).into_response()) })
+            .says("Whether the server lives.")
+            .gives::<Map<String, Value>>(),
         Route::get("/readyz", |door, _| async move {
             let status = if door.slots.ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             Ok(warp::reply::with_status(warp::reply::json(&health(&door.slots)), status).into_response())
-        }),
-        Route::get("/health", |door, _| async move { Ok(warp::reply::json(&health(&door.slots)).into_response()) }),
+        })
+        .says("Whether every model that is to be loaded at the start was.")
+        .gives::<Map<String, Value>>(),
+        Route::get("/health", |door, _| async move { Ok(warp::reply::json(&health(&door.slots)).into_response()) })
+            .says("What the models are up to.")
+            .gives::<Map<String, Value>>(),
         Route::get("/version", |_, _| async {
             let version = json!({ "name": "mesh-llm", "version": env!("CARGO_PKG_VERSION") });
             Ok(warp::reply::json(&version).into_response())
-        }),
+        })
+        .says("Which server this is.")
+        .gives::<Map<String, Value>>(),
     ]
 }
 
 /// The server is healthy as long as it answers; what its models are up to is said beside it.
-fn health(slots: &Slots) -> serde_json::Value {
+fn health(slots: &Slots) -> Value {
     let models: Vec<_> = slots
         .iter()
         .map(|slot| {

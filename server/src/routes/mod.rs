@@ -7,6 +7,7 @@ mod health;
 mod messages;
 mod models;
 mod open;
+mod openapi;
 mod responses;
 mod route;
 mod tokens;
@@ -36,6 +37,7 @@ fn all() -> Vec<Route> {
         cancel::routes(),
         models::routes(),
         health::routes(),
+        openapi::routes(),
     ]
     .into_iter()
     .flatten()

@@ -66,6 +66,11 @@ pub(super) fn routes() -> Vec<Route> {
             Ok(warp::reply::json(&page(&call, &stored.items)?).into_response())
         })
         .says("The items of a response's request.")
+        .queried(&[
+            ("limit", r#"{"type": "integer", "minimum": 1, "maximum": 100, "default": 20}"#),
+            ("order", r#"{"type": "string", "enum": ["asc", "desc"], "default": "desc"}"#),
+            ("after", r#"{"type": "string"}"#),
+        ])
         .gives::<ItemList>(),
         Route::post("/v1/responses/{response_id}/cancel", cancel)
             .says("Cancels a response that is being written.")

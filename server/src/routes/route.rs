@@ -79,6 +79,8 @@ pub(crate) struct Route {
     pub response: Option<SchemaOf>,
     /// What each event of a stream holds.
     pub event: Option<SchemaOf>,
+    /// What may follow the question mark: names, and schemas as JSON.
+    pub queries: &'static [(&'static str, &'static str)],
     pub handler: Handler,
 }
 
@@ -102,6 +104,11 @@ impl Route {
         Self { event: Some(|generator| generator.subschema_for::<T>()), ..self }
     }
 
+    /// What may follow the question mark.
+    pub fn queried(self, queries: &'static [(&'static str, &'static str)]) -> Self {
+        Self { queries, ..self }
+    }
+
     /// Errors are in Anthropic's form.
     pub fn anthropic(self) -> Self {
         Self { form: ErrorForm::Anthropic, ..self }
@@ -123,6 +130,7 @@ impl Route {
             request: None,
             response: None,
             event: None,
+            queries: &[],
             handler: Arc::new(move |door, call| Box::pin(handler(door, call))),
         }
     }

@@ -3,6 +3,7 @@
 mod answers;
 mod bounds;
 mod fake;
+mod fuzz;
 mod lifecycle;
 mod likelihood;
 mod messages;
