@@ -269,7 +269,6 @@ impl Tool {
             ("allowed_callers", &self.allowed_callers, json!(["direct"])),
             ("eager_input_streaming", &self.eager_input_streaming, json!(false)),
             ("max_uses", &self.max_uses, Value::Null),
-            ("strict", &self.strict.map(Value::Bool), json!(false)),
         ] {
             if value.as_ref().is_some_and(|value| *value != trivial) {
                 return Err(BadRequest::unsupported(format!("{path}.{name}"), "leave it out"));
@@ -281,6 +280,7 @@ impl Tool {
         let mut function = Map::from_iter([("name".to_owned(), Value::String(name))]);
         function.extend(self.description.map(|text| ("description".to_owned(), Value::String(text))));
         function.insert("parameters".into(), Value::Object(schema));
+        function.extend(self.strict.map(|strict| ("strict".to_owned(), Value::Bool(strict))));
         Ok(json!({ "type": "function", "function": function }))
     }
 }

@@ -31,6 +31,8 @@ use crate::{
 const NAMES: &[(&str, &str)] = &[
     ("enable_thinking", "thinking"),
     ("reasoning_effort", "output_config.effort"),
+    ("thinking_budget", "thinking.budget_tokens"),
+    ("prompt", "messages"),
     ("stop", "stop_sequences"),
     ("response_format", "output_config.format"),
 ];

@@ -30,6 +30,7 @@ use crate::{
 /// What fields are called here that the pipeline knows by other names.
 const NAMES: &[(&str, &str)] = &[
     ("messages", "input"),
+    ("prompt", "input"),
     ("enable_thinking", "reasoning.effort"),
     ("reasoning_effort", "reasoning.effort"),
     ("response_format", "text.format"),

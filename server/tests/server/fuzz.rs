@@ -94,18 +94,21 @@ fn valid() -> Vec<(&'static str, Value)> {
 
 /// Some place within a value.
 fn place<'a>(value: &'a mut Value, dice: &mut Dice) -> &'a mut Value {
-    let stop = dice.below(4) == 0;
-    match value {
-        Value::Array(values) if !values.is_empty() && !stop => {
-            let at = dice.below(values.len());
-            place(&mut values[at], dice)
-        }
-        Value::Object(fields) if !fields.is_empty() && !stop => {
-            let at = dice.below(fields.len());
-            place(fields.values_mut().nth(at).unwrap(), dice)
-        }
-        value => value,
+    let within = match value {
+        Value::Array(values) => values.len(),
+        Value::Object(fields) => fields.len(),
+        _ => 0,
+    };
+    if within == 0 || dice.below(4) == 0 {
+        return value;
     }
+    let at = dice.below(within);
+    let inner = match value {
+        Value::Array(values) => values.get_mut(at),
+        Value::Object(fields) => fields.values_mut().nth(at),
+        _ => None,
+    };
+    place(inner.expect("it was counted"), dice)
 }
 
 fn mutated(body: &Value, dice: &mut Dice) -> Vec<u8> {

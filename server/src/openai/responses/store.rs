@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn what_was_used_longest_ago_makes_room() {
         let store = Store::bounded(2, BYTES_MAX);
-        ["a", "b"].map(|id| store.put(stored(id, "x")));
+        ["a", "b"].into_iter().for_each(|id| store.put(stored(id, "x")));
         assert!(store.get("a").is_some());
         store.put(stored("c", "x"));
         assert_eq!(["a", "b", "c"].map(|id| store.get(id).is_some()), [true, false, true]);
@@ -124,12 +124,12 @@ mod tests {
     fn bytes_are_bounded_and_counted_right() {
         let one = stored("a", &"x".repeat(1000)).bytes();
         let store = Store::bounded(100, one * 2);
-        ["a", "b", "c"].map(|id| store.put(stored(id, &"x".repeat(1000))));
+        ["a", "b", "c"].into_iter().for_each(|id| store.put(stored(id, &"x".repeat(1000))));
         assert_eq!(["a", "b", "c"].map(|id| store.get(id).is_some()), [false, true, true]);
         assert_eq!(store.lock().bytes, one * 2);
         store.put(stored("d", &"x".repeat(10_000)));
         assert!(store.get("d").is_none(), "it does not fit at all");
-        ["b", "c"].map(|id| store.remove(id));
+        assert!(store.remove("b") && store.remove("c"));
         assert_eq!(store.lock().bytes, 0);
     }
 }
