@@ -49,6 +49,11 @@ impl ApiError {
         self
     }
 
+    /// Says which field it is about.
+    pub(crate) fn about(self, param: &str) -> Self {
+        self.param(param)
+    }
+
     /// Names the field that holds the prompt, for errors about prompts, which do not know what request they came in.
     pub(crate) fn prompt_in(mut self, field: &str) -> Self {
         if matches!(self.object.param.as_deref(), Some("messages" | "prompt")) {
@@ -57,16 +62,60 @@ impl ApiError {
         self
     }
 
+    /// Names fields as the request's surface does, where the pipeline knows them by other names.
+    pub(crate) fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        for (name, here) in names {
+            if self.object.param.as_deref() == Some(*name) {
+                self.object.param = Some((*here).to_owned());
+            }
+            self.object.message = self.object.message.replace(&format!("`{name}`"), &format!("`{here}`"));
+        }
+        self
+    }
+
+    /// Whoever asked for it does not want it any more.
+    pub fn cancelled() -> Self {
+        Self::new(StatusCode::CONFLICT, INVALID, "cancelled", "the request was cancelled")
+    }
+
+    /// No request of that id is running.
+    pub fn not_running(id: &str) -> Self {
+        let id: String = id.chars().take(200).collect();
+        let message = format!("no request `{id}` is running; it may have ended");
+        Self::new(StatusCode::NOT_FOUND, INVALID, "request_not_found", message)
+    }
+
+    /// As many requests are running as may.
+    pub fn crowded(max: usize) -> Self {
+        let message = format!("{max} requests are running, which is the most; try again shortly");
+        Self::unavailable("busy", message, Some(Duration::from_secs(1)))
+    }
+
+    /// No stored response has that id.
+    pub fn no_such_response(id: &str) -> Self {
+        let id: String = id.chars().take(200).collect();
+        let message = format!(
+            "no response `{id}` is stored; only the most recent ones are kept, in memory, and none that said `store`: false"
+        );
+        Self::new(StatusCode::NOT_FOUND, INVALID, "response_not_found", message)
+    }
+
+    /// A response that is over cannot be cancelled.
+    pub fn response_is_over(status: &str) -> Self {
+        Self::invalid("invalid_value", format!("the response is {status} and cannot be cancelled any more"))
+    }
+
     /// No route has that path.
     pub fn no_such_path(path: &str) -> Self {
         let path: String = path.chars().take(200).collect();
-        let message = format!("there is nothing at {path}; try /v1/models, /v1/chat/completions or /v1/completions");
+        let message =
+            format!("there is nothing at {path}; try /v1/models or /v1/chat/completions, or see /openapi.json");
         Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
     }
 
     /// The path has other methods.
     pub fn method_not_allowed() -> Self {
-        let message = "this path does not take that method; completions take POST, everything else GET";
+        let message = "this path does not take that method; GET /openapi.json lists what each takes";
         Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message)
     }
 
@@ -105,7 +154,15 @@ impl ApiError {
 
 impl Reply for ApiError {
     fn into_response(self) -> Response {
-        let mut response = warp::reply::json(&self.body()).into_response();
+        let body = self.body();
+        self.with_body(&body)
+    }
+}
+
+impl ApiError {
+    /// The answer, with its body in another form.
+    pub(crate) fn with_body(self, body: &impl serde::Serialize) -> Response {
+        let mut response = warp::reply::json(body).into_response();
         *response.status_mut() = self.status;
         if let Some(after) = self.retry_after {
             // Rounded up, and never 0: clients take that as an invitation to try without end.
@@ -169,6 +226,9 @@ impl From<PipelineError> for ApiError {
             PipelineError::NoStrict => Self::invalid("unsupported_parameter", message).param("tools"),
             PipelineError::NoEcho => Self::invalid("unsupported_parameter", message).param("echo"),
             PipelineError::Submit(error) => Self::submit(error, message),
+            PipelineError::Engine(error) => error.into(),
+            PipelineError::TokensUnknown => Self::invalid("unsupported", message).param("model"),
+            PipelineError::NoEmbeddings => Self::invalid("unsupported", message).param("model"),
             PipelineError::Tokenizer(_) | PipelineError::NoTokenizer | PipelineError::Panicked => {
                 tracing::error!(error = %message, "a prompt could not be prepared");
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", message)

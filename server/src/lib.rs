@@ -2,14 +2,16 @@
 //!
 //! Names no backend and no family: it finds what the binary links through the registry.
 //!
-//! - [`openai`]: the wire format.
+//! - [`openai`], [`anthropic`]: the wire formats.
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
 //! - [`page`]: the page at `/`.
+//! - [`running`]: what can be cancelled.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
 //! - [`defaults`]: what holds where neither request nor configuration says.
 //! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
 
+pub mod anthropic;
 pub mod body;
 pub mod defaults;
 pub mod error;
@@ -20,6 +22,7 @@ pub mod openai;
 pub mod page;
 pub mod pipeline;
 pub mod routes;
+pub mod running;
 pub mod served;
 pub mod slots;
 pub mod sse;

@@ -29,7 +29,8 @@ pub const HEADER_BYTES_MAX: usize = 64 << 10;
 
 /// Longest request id that is taken over from a client, in bytes.
 const REQUEST_ID_BYTES_MAX: usize = 128;
-const REQUEST_ID: &str = "x-request-id";
+/// The header with the request's name.
+pub const REQUEST_ID: &str = "x-request-id";
 
 /// Binds an address.
 pub async fn bind(address: impl tokio::net::ToSocketAddrs) -> std::io::Result<TcpListener> {
@@ -100,7 +101,11 @@ fn prepare(stream: &TcpStream) {
 }
 
 /// Names the request, in the log as in the answer. A client's own name for it is kept.
-async fn identified<S, B>(service: S, request: Request<Incoming>, peer: SocketAddr) -> Result<Response<B>, Infallible>
+async fn identified<S, B>(
+    service: S,
+    mut request: Request<Incoming>,
+    peer: SocketAddr,
+) -> Result<Response<B>, Infallible>
 where
     S: hyper::service::Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
 {
@@ -112,6 +117,7 @@ where
         let id = format!("req_{}", Uuid::new_v4().simple());
         HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("req_unnamed"))
     });
+    request.headers_mut().insert(REQUEST_ID, id.clone());
     let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
     async {
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());

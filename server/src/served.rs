@@ -17,7 +17,7 @@ use mesh_text::{
     ConstraintError, Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, Vocabulary, choice, dialects,
     tokenizer::DecoderOptions,
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 
 use crate::{
     defaults::{self, Manner},
@@ -44,6 +44,8 @@ pub struct ServedModel {
     pub tokenizer: Option<Tokenizer>,
     /// Seconds since 1970 at which it became ready.
     pub since: u64,
+    /// The model's tokenizer where the engine does without, for those who ask what its tokens are.
+    spare_tokenizer: OnceCell<Tokenizer>,
     /// How it is presented to clients.
     pub manner: Manner,
     defaults: Sampling,
@@ -170,6 +172,7 @@ impl ServedModel {
             dialect: voice.dialect,
             tokenizer,
             since,
+            spare_tokenizer: OnceCell::new(),
             manner,
             defaults,
             vocabularies: Mutex::default(),
@@ -179,6 +182,20 @@ impl ServedModel {
             default_template: voice.default_template,
             tool_template: voice.tool_template,
         })
+    }
+
+    /// The tokenizer that came with the model, if one did: read when it is first asked for, where the engine does without.
+    pub(crate) async fn own_tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
+        if let Some(tokenizer) = &self.tokenizer {
+            return Ok(Some(tokenizer.clone()));
+        }
+        let Some(path) = self.profile.tokenizer.as_ref().map(|fact| fact.value.clone()) else { return Ok(None) };
+        let read = || async move {
+            tokio::task::spawn_blocking(move || Tokenizer::from_file(&path))
+                .await
+                .unwrap_or(Err(TokenizerError::Malformed { what: "reading it failed".into() }))
+        };
+        self.spare_tokenizer.get_or_try_init(read).await.cloned().map(Some)
     }
 
     /// Notes that a request was answered whole.

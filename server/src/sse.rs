@@ -9,7 +9,6 @@ use std::{
 };
 
 use futures::{Stream, StreamExt, stream};
-use mesh_core::EngineError;
 use mesh_text::Delta;
 use serde::Serialize;
 use warp::{
@@ -22,7 +21,8 @@ use warp::{
 use crate::{
     error::ApiError,
     openai::response::{ChatChunk, Envelope, TextCompletion, WireUsage},
-    pipeline::{AnswerStream, Choices, Finished, Part, TokenText},
+    pipeline::{Choices, Finished, Part, TokenText},
+    running::Broken,
 };
 
 /// Silence after which a comment is sent, so that nobody in between takes the connection for dead.
@@ -42,7 +42,12 @@ pub enum Shape {
 
 /// Whole answers in events: chunks, the usage if asked for, `[DONE]`. An engine that fails underway ends them with an
 /// `error` event.
-pub fn reply(answers: Vec<AnswerStream>, envelope: Envelope, shape: Shape, include_usage: bool) -> Response {
+pub fn reply(
+    answers: Vec<impl Stream<Item = Result<Part, Broken>> + Send + 'static>,
+    envelope: Envelope,
+    shape: Shape,
+    include_usage: bool,
+) -> Response {
     let count = answers.len();
     let roles: Vec<_> = (0..count as u32)
         .filter(|_| shape == Shape::Chat)
@@ -56,7 +61,12 @@ pub fn reply(answers: Vec<AnswerStream>, envelope: Envelope, shape: Shape, inclu
         let comment = comment.map(|text| Event::default().comment(format!(" {text}")));
         stream::iter(comment.into_iter().chain(writer.events(index, part)))
     });
-    let events = stream::iter(roles).chain(rest).map(Ok::<_, Infallible>);
+    respond(stream::iter(roles).chain(rest))
+}
+
+/// An answer made of these events.
+pub(crate) fn respond(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    let events = events.map(Ok::<_, Infallible>);
     let kept_alive = warp::sse::keep_alive().interval(KEEP_ALIVE).stream(Exclusive::new(events));
     let mut response = warp::sse::reply(kept_alive).into_response();
     // no-transform and x-accel-buffering keep proxies from collecting events.
@@ -76,7 +86,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn events(&mut self, index: u32, part: Result<Part, EngineError>) -> Vec<Event> {
+    fn events(&mut self, index: u32, part: Result<Part, Broken>) -> Vec<Event> {
         let (envelope, at) = (&self.envelope, index as usize);
         match part {
             // What comments are for.
@@ -102,7 +112,7 @@ impl Writer {
                 events
             }
             Err(error) => {
-                tracing::error!(answer = %envelope.id, %error, "an answer broke off");
+                broke_off(&envelope.id, &error);
                 vec![data(&ApiError::from(error).body()).event(" error")]
             }
         }
@@ -122,17 +132,25 @@ impl Writer {
     }
 }
 
+/// Says in the log that an answer did not come to its end.
+pub(crate) fn broke_off(id: &str, error: &Broken) {
+    match error {
+        Broken::Cancelled => tracing::info!(answer = %id, "an answer was cancelled"),
+        Broken::Engine(error) => tracing::error!(answer = %id, %error, "an answer broke off"),
+    }
+}
+
 /// What a stream says before the answer begins: comments, which no client takes for a part of it, and which keep those in
 /// between from taking the connection for dead.
 #[derive(Debug, Default)]
-struct Comments {
+pub(crate) struct Comments {
     ahead: Option<u32>,
     prefill: Option<Instant>,
 }
 
 impl Comments {
     /// The comment on `part` at `now`, if there is something new to say and it was not said just before.
-    fn on(&mut self, part: &Part, now: Instant) -> Option<String> {
+    pub(crate) fn on(&mut self, part: &Part, now: Instant) -> Option<String> {
         match *part {
             Part::Queued { ahead } => {
                 (self.ahead.replace(ahead) != Some(ahead)).then(|| format!("queued, {ahead} ahead"))
@@ -160,7 +178,7 @@ pub(crate) fn text(delta: Delta) -> String {
 }
 
 /// The space after the colon is not part of the data, but many clients look for `data: `.
-fn data(value: &impl Serialize) -> Event {
+pub(crate) fn data(value: &impl Serialize) -> Event {
     // Serialization of our own types to a string has no way to fail.
     Event::default().data(format!(" {}", serde_json::to_string(value).unwrap_or_default()))
 }

@@ -257,6 +257,18 @@ pub trait Engine: Send + Sync {
         Err(EmbedError::Unsupported)
     }
 
+    /// Token ids of a text, from engines that take text and let others see what they make of it; `None` from the rest.
+    async fn tokenize(&self, text: &str, add_special: bool) -> Result<Option<Vec<u32>>, EngineError> {
+        let _ = (text, add_special);
+        Ok(None)
+    }
+
+    /// The text of token ids, special ones included, from engines that offer [`Engine::tokenize`]; `None` from the rest.
+    async fn detokenize(&self, ids: &[u32]) -> Result<Option<String>, EngineError> {
+        let _ = ids;
+        Ok(None)
+    }
+
     /// Refuses new jobs, lets running ones finish for `grace`, cancels the rest, gives back what it holds, and returns
     /// when the state is over. May be called more than once.
     async fn drain(&self, grace: Duration);

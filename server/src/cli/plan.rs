@@ -9,12 +9,12 @@ use std::{
 };
 
 use bytesize::ByteSize;
-use mesh_core::{ElectionError, ProgressSink, WeightFormat, registry};
+use mesh_core::{ElectionError, ModelProfile, ProgressSink, WeightFormat, registry};
 use mesh_llm::{
     slots::{Keeping, Observer, StartError, Starter, StoreLocate},
     voting::Electorate,
 };
-use mesh_models::{DEFAULT_MODEL, Store, StoreOptions, Want, reference::Reference};
+use mesh_models::{DEFAULT_MODEL, Store, StoreOptions, Want, probe, reference::Reference};
 use serde_json::{Value, json};
 
 use super::{
@@ -217,11 +217,14 @@ impl Setting {
         self.checked(ModelPlan::choose(reference, choice, backend, context_tokens, |id| self.formats(id)))
     }
 
-    /// The name of a model on disk, which costs no more than a look at its directory.
-    pub async fn local_name(&self, plan: &ModelPlan) -> Option<String> {
-        let Ok(Reference::Path(_)) = Reference::parse(&plan.reference, Path::exists) else { return None };
+    /// The name of a model on disk and what is known about it, which costs no more than a look at its headers.
+    pub async fn local(&self, plan: &ModelPlan) -> (Option<String>, Option<Arc<ModelProfile>>) {
+        let Ok(Reference::Path(_)) = Reference::parse(&plan.reference, Path::exists) else { return (None, None) };
         let artifact = self.store.locate(&plan.reference, plan.want, &ProgressSink::silent()).await;
-        artifact.ok().map(|artifact| artifact.name)
+        let Ok(artifact) = artifact else { return (None, None) };
+        let name = artifact.name.clone();
+        let profile = tokio::task::spawn_blocking(move || probe(&artifact).ok().map(Arc::new)).await;
+        (Some(name), profile.ok().flatten())
     }
 
     /// How much of models is kept, and how long.

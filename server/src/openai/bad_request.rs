@@ -1,6 +1,7 @@
 //! What can be wrong with a request. Each names the field and says what was expected.
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 /// A request that cannot be honoured as it stands.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -99,6 +100,36 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, BadRequest> {
     })?;
     reader.end().map_err(|error| BadRequest::Json { what: error.to_string() })?;
     Ok(request)
+}
+
+/// Reads a part of a request that was read as a value before. Errors name the field with `path` before it.
+pub(crate) fn element<T: DeserializeOwned>(path: &str, value: Value) -> Result<T, BadRequest> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let within = error.path().to_string();
+        let path = match within.as_str() {
+            "." => path.to_owned(),
+            within if within.starts_with('[') => format!("{path}{within}"),
+            within => format!("{path}.{within}"),
+        };
+        classify(&path, error.inner())
+    })
+}
+
+/// A client's word, short enough to be repeated to it.
+pub(crate) fn brief(word: &str) -> String {
+    word.chars().take(40).collect()
+}
+
+/// The type of a value, for people.
+pub(crate) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
 }
 
 fn classify(path: &str, error: &serde_json::Error) -> BadRequest {

@@ -11,7 +11,7 @@ use super::{
 use crate::pipeline::{Ask, Chat, Effort, Subject, ToolChoice};
 
 /// `reasoning`: how much of it.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct WireReasoning {
     /// As `reasoning_effort`.

@@ -30,7 +30,7 @@ const DRY_ALLOWED_LENGTH: u32 = 2;
 const XTC_THRESHOLD: f32 = 0.1;
 
 /// `stream_options`.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StreamOptions {
     /// Send one more chunk with the usage before the end.
@@ -67,7 +67,7 @@ impl<'de> Deserialize<'de> for Strings {
 macro_rules! request {
     ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$meta])*
-        #[derive(Clone, Debug, Default, serde::Deserialize)]
+        #[derive(Clone, Debug, Default, serde::Deserialize, schemars::JsonSchema)]
         #[serde(deny_unknown_fields, expecting = "an object")]
         #[allow(missing_docs)]
         pub struct $name {
@@ -237,7 +237,7 @@ impl Raw<'_> {
                 frequency_penalty: self.frequency_penalty,
                 logit_bias: logit_bias(self.logit_bias)?,
             },
-            stop: stops(self.stop)?,
+            stop: stops("stop", self.stop.map(|stops| stops.0.clone()).unwrap_or_default())?,
             ignore_eos: self.ignore_eos.unwrap_or(false),
             n,
             tokens_min: self.min_tokens,
@@ -326,7 +326,7 @@ fn above_zero(param: &str, value: Option<f32>, high: f32) -> Result<(), BadReque
     }
 }
 
-fn within(param: &str, value: Option<f32>, low: f32, high: f32) -> Result<(), BadRequest> {
+pub(crate) fn within(param: &str, value: Option<f32>, low: f32, high: f32) -> Result<(), BadRequest> {
     match value {
         Some(value) if !(low..=high).contains(&value) => {
             Err(BadRequest::value(param, format!("is {value}; it has to be between {low} and {high}")))
@@ -340,18 +340,15 @@ pub fn tokens_max(param: &str, value: Option<u32>) -> Result<Option<u32>, BadReq
     if value == Some(0) { Err(BadRequest::value(param, "has to be 1 or more")) } else { Ok(value) }
 }
 
-fn stops(stops: Option<&Strings>) -> Result<Vec<String>, BadRequest> {
-    let stops = stops.map(|stops| stops.0.clone()).unwrap_or_default();
+/// Checks the strings that end an answer.
+pub(crate) fn stops(param: &str, stops: Vec<String>) -> Result<Vec<String>, BadRequest> {
     if stops.len() > STOPS_MAX {
-        return Err(BadRequest::value(
-            "stop",
-            format!("has {} strings; at most {STOPS_MAX} are possible", stops.len()),
-        ));
+        return Err(BadRequest::value(param, format!("has {} strings; at most {STOPS_MAX} are possible", stops.len())));
     }
     for (index, stop) in stops.iter().enumerate() {
         if stop.is_empty() || stop.len() > STOP_BYTES_MAX {
             return Err(BadRequest::value(
-                format!("stop[{index}]"),
+                format!("{param}[{index}]"),
                 format!("has {} bytes; it has to have between 1 and {STOP_BYTES_MAX}", stop.len()),
             ));
         }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::pipeline::{Likely, TokenText};
 
 /// `logprobs` of a chat completion or one of its chunks.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ChatLogprobs {
     /// The tokens, in order: of reasoning, calls and content alike.
     pub content: Vec<ChatToken>,
@@ -15,7 +15,7 @@ pub struct ChatLogprobs {
 }
 
 /// A token, and what could have stood in its place.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ChatToken {
     /// The token.
     #[serde(flatten)]
@@ -25,7 +25,7 @@ pub struct ChatToken {
 }
 
 /// A token and how likely it was.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct WireLikely {
     /// Its text; U+FFFD where its bytes are no whole characters.
     pub token: String,
@@ -60,7 +60,7 @@ impl ChatLogprobs {
 }
 
 /// `logprobs` of a text completion or one of its chunks: lists of equal length.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[allow(missing_docs)]
 pub struct TextLogprobs {
     pub tokens: Vec<String>,

@@ -6,10 +6,10 @@ use mesh_core::chat::{FunctionCall, Message, ToolCall};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 
-use super::BadRequest;
+use super::{BadRequest, bad_request::brief};
 
 /// A message of a request.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "a message object")]
 #[allow(missing_docs)]
 pub struct WireMessage {
@@ -39,7 +39,7 @@ pub enum Content {
 }
 
 /// One part of a message.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(expecting = "a content part object")]
 #[allow(missing_docs)]
 pub struct Part {
@@ -78,7 +78,7 @@ impl<'de> Deserialize<'de> for Content {
 }
 
 /// A tool call that the assistant made earlier.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "a tool call object")]
 #[allow(missing_docs)]
 pub struct WireCall {
@@ -91,7 +91,7 @@ pub struct WireCall {
 }
 
 /// What a tool call calls.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "an object with `name` and `arguments`")]
 pub struct WireFunctionCall {
     /// The function.
@@ -210,9 +210,4 @@ pub fn tools(tools: &[Value]) -> Result<(), BadRequest> {
         }
     }
     Ok(())
-}
-
-/// A client's word, short enough to be repeated to it.
-fn brief(word: &str) -> String {
-    word.chars().take(40).collect()
 }

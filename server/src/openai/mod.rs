@@ -7,16 +7,24 @@
 //! - [`format`]: what an answer has to be.
 //! - [`chat`], [`completion`]: the two requests.
 //! - [`logprobs`]: how likely tokens were, in both forms.
+//! - [`embedding`], [`model`], [`tokens`], [`cancel`]: the surfaces beside them.
+//! - [`responses`]: a surface of its own.
 //! - [`response`]: answers, chunks, models, errors.
 
 pub mod bad_request;
+pub mod cancel;
 pub mod chat;
 pub mod completion;
+pub mod embedding;
 pub mod fields;
 pub mod format;
 pub mod logprobs;
 pub mod message;
+pub mod model;
 pub mod response;
+pub mod responses;
+pub(crate) mod schema;
+pub mod tokens;
 
 pub use bad_request::{BadRequest, parse};
 pub use chat::ChatRequest;

@@ -2,6 +2,7 @@
 
 use mesh_core::{FinishReason, Usage};
 use mesh_text::{Answer, Delta};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::logprobs::{ChatLogprobs, TextLogprobs};
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum WireFinish {
@@ -31,7 +32,7 @@ impl From<Finish> for WireFinish {
 }
 
 /// `usage`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct WireUsage {
     pub prompt_tokens: u32,
@@ -43,14 +44,14 @@ pub struct WireUsage {
 }
 
 /// `usage.prompt_tokens_details`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct PromptTokensDetails {
     pub cached_tokens: u32,
 }
 
 /// `usage.completion_tokens_details`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct CompletionTokensDetails {
     pub reasoning_tokens: u32,
@@ -85,7 +86,7 @@ impl WireUsage {
 }
 
 /// Something about an answer that its reader should know.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Warning {
     /// A word for programs.
     pub code: String,
@@ -129,7 +130,7 @@ impl Envelope {
 }
 
 /// A tool call in an answer or a chunk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct AnswerCall {
     /// Present in chunks only.
@@ -142,7 +143,7 @@ pub struct AnswerCall {
 }
 
 /// The function of a tool call.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct AnswerFunction {
     pub name: String,
@@ -157,7 +158,7 @@ fn call_id(envelope: &Envelope, choice: u32, index: usize) -> String {
 }
 
 /// `chat.completion`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatCompletion {
     pub id: String,
@@ -169,7 +170,7 @@ pub struct ChatCompletion {
 }
 
 /// One choice of a chat completion.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatChoice {
     pub index: u32,
@@ -179,7 +180,7 @@ pub struct ChatChoice {
 }
 
 /// The assistant's message.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct AnswerMessage {
     pub role: &'static str,
@@ -238,7 +239,7 @@ fn message(envelope: &Envelope, choice: u32, answer: Answer, malformed_calls: u3
 }
 
 /// `chat.completion.chunk`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChatChunk {
     pub id: String,
@@ -251,7 +252,7 @@ pub struct ChatChunk {
 }
 
 /// One choice of a chunk.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChunkChoice {
     pub index: u32,
@@ -262,7 +263,7 @@ pub struct ChunkChoice {
 }
 
 /// What a chunk adds to the message.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct ChunkDelta {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -342,7 +343,7 @@ impl ChatChunk {
 }
 
 /// `text_completion`, whole or a chunk.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct TextCompletion {
     pub id: String,
@@ -355,7 +356,7 @@ pub struct TextCompletion {
 }
 
 /// One choice of a text completion.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[allow(missing_docs)]
 pub struct TextChoice {
     pub index: u32,
@@ -407,14 +408,14 @@ impl TextCompletion {
 }
 
 /// `{"error": …}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     /// The error.
     pub error: ErrorObject,
 }
 
 /// An OpenAI error object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorObject {
     /// What was wrong, and what to do next.
     pub message: String,
@@ -427,35 +428,4 @@ pub struct ErrorObject {
     /// The field it is about.
     #[serde(default)]
     pub param: Option<String>,
-}
-
-/// One model of `/v1/models`.
-#[derive(Clone, Debug, Serialize)]
-#[allow(missing_docs)]
-pub struct Model {
-    pub id: String,
-    pub object: &'static str,
-    pub created: u64,
-    pub owned_by: &'static str,
-    /// `cold`, `loading`, `ready`, `unloading`, `failed` or `stopped`.
-    pub status: &'static str,
-    /// The backend that serves it, once one does.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub backend: Option<&'static str>,
-    /// Longest prompt and answer together, in tokens, once known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub context_length: Option<u32>,
-    /// Whether it stays in memory whatever comes.
-    pub pinned: bool,
-    /// Memory that is set aside for it, in bytes.
-    pub reserved_bytes: u64,
-}
-
-/// `/v1/models`.
-#[derive(Clone, Debug, Serialize)]
-pub struct ModelList {
-    /// `list`.
-    pub object: &'static str,
-    /// The models.
-    pub data: Vec<Model>,
 }

@@ -38,6 +38,8 @@ pub struct Finished {
     pub usage: Usage,
     /// How long, where the engine came to say it.
     pub timings: Option<Timings>,
+    /// The stop string that ended it, if one did.
+    pub stopped_by: Option<String>,
     /// Of the tokens generated, how many were reasoning.
     pub reasoning_tokens: u32,
     /// Tool calls that do not parse; they are part of the content.
@@ -80,6 +82,7 @@ pub struct AnswerStream {
     parser: Option<Box<dyn DialectParser>>,
     ready: VecDeque<Part>,
     usage: Usage,
+    stopped_by: Option<String>,
     ledger: Ledger,
     calls: u32,
     calls_max: Option<u32>,
@@ -122,6 +125,7 @@ impl AnswerStream {
             parser: reader.map(|reader| reader.parser),
             ready: echo.into_iter().collect(),
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
+            stopped_by: None,
             ledger: Ledger::new(logprobs, chars),
             calls: 0,
             malformed_calls: 0,
@@ -189,8 +193,9 @@ impl AnswerStream {
         if output.stopped.is_some() {
             self.ledger.stopped();
         }
+        self.stopped_by = output.stopped;
         self.parse(&output.text);
-        if output.stopped.is_some() || self.called_enough() {
+        if self.stopped_by.is_some() || self.called_enough() {
             // Nobody will read on: dropping the events is what cancels the job.
             self.events = None;
             self.finish(Finish::StopString, None);
@@ -249,6 +254,7 @@ impl AnswerStream {
             finish,
             usage: self.usage,
             timings,
+            stopped_by: self.stopped_by.take(),
             reasoning_tokens: self.ledger.reasoning_tokens,
             malformed_calls: self.malformed_calls,
             tokens,
@@ -300,7 +306,9 @@ impl Stream for AnswerStream {
 }
 
 /// Puts the whole answer together: the same deltas, folded.
-pub async fn collect(mut parts: AnswerStream) -> Result<(Answer, Finished), EngineError> {
+pub async fn collect<E: From<EngineError>>(
+    mut parts: impl Stream<Item = Result<Part, E>> + Unpin,
+) -> Result<(Answer, Finished), E> {
     let (mut deltas, mut reported) = (Vec::new(), Vec::new());
     while let Some(part) = parts.next().await {
         match part? {
@@ -313,5 +321,5 @@ pub async fn collect(mut parts: AnswerStream) -> Result<(Answer, Finished), Engi
             }
         }
     }
-    Err(EngineError::Stopped)
+    Err(EngineError::Stopped.into())
 }

@@ -11,14 +11,14 @@ use mesh_text::Answer;
 
 use super::{AnswerStream, Finished, Part};
 
-type Numbered = Pin<Box<dyn Stream<Item = (u32, Result<Part, EngineError>)> + Send>>;
+type Numbered<E> = Pin<Box<dyn Stream<Item = (u32, Result<Part, E>)> + Send>>;
 
 /// The answers to one request, each part with the number of its answer. The first error ends all of them, and dropping it
 /// cancels them.
-pub struct Choices(SelectAll<Numbered>);
+pub struct Choices<E = EngineError>(SelectAll<Numbered<E>>);
 
-impl From<Vec<AnswerStream>> for Choices {
-    fn from(answers: Vec<AnswerStream>) -> Self {
+impl<E: 'static, S: Stream<Item = Result<Part, E>> + Send + 'static> From<Vec<S>> for Choices<E> {
+    fn from(answers: Vec<S>) -> Self {
         let numbered = (0..).zip(answers).map(|(index, answer)| answer.map(move |part| (index, part)).boxed());
         Self(numbered.collect())
     }
@@ -30,8 +30,8 @@ impl From<AnswerStream> for Choices {
     }
 }
 
-impl Stream for Choices {
-    type Item = (u32, Result<Part, EngineError>);
+impl<E> Stream for Choices<E> {
+    type Item = (u32, Result<Part, E>);
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let part = ready!(self.0.poll_next_unpin(cx));

@@ -13,6 +13,7 @@ use super::{PipelineError, ToolChoice, forced};
 use crate::served::ServedModel;
 
 /// What a request asks of its answer's form, and the texts whose tokens it needs to know.
+#[derive(Debug, Default)]
 pub struct Wish {
     /// What the answer has to be.
     pub grammar: Option<Grammar>,

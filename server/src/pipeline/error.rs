@@ -1,6 +1,6 @@
 //! Why a request could not be handed to a model.
 
-use mesh_core::{Hint, SubmitError, TemplateError};
+use mesh_core::{EmbedError, EngineError, Hint, SubmitError, TemplateError};
 use mesh_text::{ConstraintError, TokenizerError};
 
 /// A request that was not admitted.
@@ -21,6 +21,15 @@ pub enum PipelineError {
         /// The dialect.
         dialect: &'static str,
     },
+    /// Nobody who knows the model's tokens offers to tell.
+    #[error("this model's backend has a tokenizer of its own, which it does not share")]
+    TokensUnknown,
+    /// The engine broke underway.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The engine gives no embeddings.
+    #[error("this model's backend gives no embeddings")]
+    NoEmbeddings,
     /// The model has no such switch.
     #[error("this model {why}")]
     NoSwitch {
@@ -51,12 +60,24 @@ pub enum PipelineError {
     Panicked,
 }
 
+impl From<EmbedError> for PipelineError {
+    fn from(error: EmbedError) -> Self {
+        match error {
+            EmbedError::Unsupported => Self::NoEmbeddings,
+            EmbedError::Submit(error) => Self::Submit(error),
+            EmbedError::Engine(error) => Self::Engine(error),
+        }
+    }
+}
+
 impl Hint for PipelineError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Template(error) => error.hint(),
             Self::NoTokenizer => Some("download tokenizer.json into the model's directory and start again".into()),
             Self::NoTools { .. } => Some("leave `tools` out, or serve a model that was trained to call tools".into()),
+            Self::TokensUnknown => Some("serve the model with a backend that takes tokens".into()),
+            Self::NoEmbeddings => Some("serve the model with a backend that gives them; GET /v1/models says so".into()),
             Self::NoSwitch { field, .. } => Some(format!("leave `{field}` out")),
             Self::Constraint { .. } => None,
             Self::NoStrict => {
@@ -69,7 +90,7 @@ impl Hint for PipelineError {
             Self::Submit(SubmitError::Busy { .. }) => Some("try again shortly".into()),
             Self::Submit(SubmitError::Unsupported { knob }) => Some(format!("leave `{knob}` out")),
             Self::Submit(SubmitError::Empty) => Some("send a prompt that is not empty".into()),
-            Self::Submit(_) | Self::Tokenizer(_) | Self::Panicked => None,
+            Self::Submit(_) | Self::Tokenizer(_) | Self::Engine(_) | Self::Panicked => None,
         }
     }
 }

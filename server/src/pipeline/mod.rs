@@ -6,12 +6,14 @@
 pub mod answer;
 pub mod choices;
 mod constraint;
+pub mod embed;
 pub mod error;
 mod forced;
 mod hand_over;
 mod landmarks;
 pub mod ledger;
 pub mod prompt;
+pub mod tokens;
 
 use std::sync::Arc;
 

@@ -138,6 +138,12 @@ fn plain(model: &ServedModel, subject: Subject, echo: bool) -> Result<(Prompt, O
     }
 }
 
+/// A conversation as its template writes it, which may take its time.
+pub(super) fn rendered(model: &ServedModel, chat: Chat, add_generation_prompt: bool) -> Result<String, PipelineError> {
+    let conversation = Conversation::of(model, chat)?;
+    Ok(conversation.render(&conversation.messages, add_generation_prompt)?)
+}
+
 fn tokenizer(model: &ServedModel) -> Result<&Tokenizer, PipelineError> {
     model.tokenizer.as_ref().ok_or(PipelineError::NoTokenizer)
 }

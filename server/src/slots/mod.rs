@@ -7,6 +7,7 @@
 pub mod backoff;
 pub mod error;
 mod identity;
+pub mod known;
 mod memory;
 mod owner;
 pub mod residency;
@@ -17,17 +18,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_core::ModelProfile;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
 };
 
 pub use error::{RoomError, SlotError, StartError};
+pub use known::Known;
 pub use memory::{Pool, PoolUse, ROOM_WAIT_MAX};
 pub use start::{Locate, Observer, StartStep, Starter, StoreLocate};
 
 use crate::{lease::Lease, served::ServedModel};
 use identity::Identity;
+use known::Notes;
 use memory::{Memory, Peer};
 use owner::Charge;
 
@@ -89,6 +93,8 @@ pub struct SlotPlan {
     pub name: Option<String>,
     /// Its own name, where that is known before it is located.
     pub own_name: Option<String>,
+    /// What is known about it, where that is known before it is located.
+    pub profile: Option<Arc<ModelProfile>>,
     /// Whether it stays in memory whatever comes.
     pub pinned: bool,
     /// Memory it shall have, in bytes, if not what it needs for itself.
@@ -100,7 +106,7 @@ pub struct SlotPlan {
 impl From<Starter> for SlotPlan {
     /// The only model: loaded at the start, and nothing that would make it leave.
     fn from(starter: Starter) -> Self {
-        Self { starter, name: None, own_name: None, pinned: false, share_bytes: None, at_start: true }
+        Self { starter, name: None, own_name: None, profile: None, pinned: false, share_bytes: None, at_start: true }
     }
 }
 
@@ -118,6 +124,7 @@ pub struct Keeping {
 pub struct Slot {
     index: usize,
     identity: Arc<Identity>,
+    notes: Arc<Notes>,
     memory: Arc<Memory>,
     state: watch::Receiver<SlotState>,
     wishes: mpsc::Sender<Wish>,
@@ -143,6 +150,11 @@ impl Slot {
     /// Whether it is loaded before anybody asks.
     pub fn at_start(&self) -> bool {
         self.identity.at_start
+    }
+
+    /// What is known about its model, whether it is loaded or not.
+    pub fn known(&self) -> Known {
+        self.notes.now()
     }
 
     /// Memory that is set aside for it, in bytes.
@@ -201,20 +213,26 @@ impl Slots {
         let mut charges = Vec::new();
         for plan in plans {
             let identity = Arc::new(Identity::new(&plan, taken.clone()));
-            let SlotPlan { starter, own_name, .. } = plan;
+            let SlotPlan { starter, own_name, profile, .. } = plan;
+            let notes = Arc::new(Notes::default());
+            if let Some(profile) = &profile {
+                notes.located(profile, &starter.electorate);
+            }
             let (sender, state) = watch::channel(SlotState::Cold);
             let (unload, wanted) = watch::channel(false);
             peers.push(Peer { identity: identity.clone(), state, unload });
-            charges.push((identity, own_name, starter, sender, wanted));
+            charges.push((identity, own_name, starter, sender, wanted, notes));
         }
         // Not before all the names are known that users chose.
         for (identity, own_name, ..) in &charges {
             own_name.iter().for_each(|name| identity.located(name));
         }
         let memory = Arc::new(Memory::new(keeping.memory_bytes, peers));
-        let slots = charges.into_iter().enumerate().map(|(index, (identity, _, mut starter, state, unload))| {
+        let slots = charges.into_iter().enumerate().map(|(index, (identity, _, mut starter, state, unload, notes))| {
             let (located, observer) = (identity.clone(), starter.observer);
+            let (noted, electorate) = (notes.clone(), starter.electorate.clone());
             starter.observer = Arc::new(move |step| {
+                noted.step(step, &electorate);
                 if let StartStep::Located(profile) = step {
                     located.located(&profile.name);
                 }
@@ -232,7 +250,7 @@ impl Slots {
                 unload,
             };
             let owner = tokio::spawn(owner::own(charge, inbox));
-            Slot { index, identity, memory: memory.clone(), state: snapshot, wishes, owner }
+            Slot { index, identity, notes, memory: memory.clone(), state: snapshot, wishes, owner }
         });
         Self(Arc::new(slots.collect()))
     }

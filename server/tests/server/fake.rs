@@ -92,8 +92,12 @@ pub struct Fake {
     pub generation_config: Mutex<Value>,
     /// The context it was judged with, and the share of memory it was loaded with, each time.
     pub terms: Mutex<Vec<(u32, Option<u64>)>>,
+    /// What was to be embedded so far.
+    pub embeds: Mutex<Vec<Embed>>,
     state: watch::Sender<EngineState>,
     capabilities: Capabilities,
+    /// Tells what it makes of a text: a token for each byte.
+    shares_tokens: bool,
 }
 
 /// All of them.
@@ -280,6 +284,32 @@ impl Engine for FakeEngine {
         Ok(events.boxed())
     }
 
+    async fn embed(&self, embed: Embed) -> Result<Embedded, EmbedError> {
+        let mut embedded = Embedded::default();
+        for input in &embed.inputs {
+            let Prompt::Tokens(ids) = input else { return Err(EmbedError::Unsupported) };
+            embedded.prompt_tokens += ids.len() as u32;
+            // Of length 1, and different for different texts.
+            let angle = match embed.pooling {
+                Pooling::Mean => ids.iter().sum::<u32>() as f32 / ids.len() as f32,
+                Pooling::Last => *ids.last().unwrap() as f32,
+            };
+            embedded.vectors.push(vec![angle.cos(), angle.sin()]);
+        }
+        self.0.embeds.lock().unwrap().push(embed);
+        Ok(embedded)
+    }
+
+    async fn tokenize(&self, text: &str, add_special: bool) -> Result<Option<Vec<u32>>, EngineError> {
+        let begin = add_special.then_some(256);
+        Ok(self.0.shares_tokens.then(|| begin.into_iter().chain(text.bytes().map(u32::from)).collect()))
+    }
+
+    async fn detokenize(&self, ids: &[u32]) -> Result<Option<String>, EngineError> {
+        let bytes: Vec<u8> = ids.iter().filter_map(|id| u8::try_from(*id).ok()).collect();
+        Ok(self.0.shares_tokens.then(|| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
     async fn drain(&self, _: Duration) {
         self.0.drains.fetch_add(1, Ordering::SeqCst);
         self.0.state.send_replace(EngineState::Stopped);
@@ -421,6 +451,8 @@ impl Fake {
             manner: Mutex::default(),
             generation_config: Mutex::default(),
             terms: Mutex::default(),
+            embeds: Mutex::default(),
+            shares_tokens: form == Form::Text,
             state: watch::channel(EngineState::Starting).0,
             capabilities: Capabilities {
                 prompt,
@@ -430,7 +462,7 @@ impl Fake {
                 requests_parallel_max: 2,
                 requests_queued_max: 1,
                 prefix_reuse: true,
-                embeddings: false,
+                embeddings: form == Form::Tokens,
                 vision: false,
             },
         })

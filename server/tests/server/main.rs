@@ -3,11 +3,15 @@
 mod answers;
 mod bounds;
 mod fake;
+mod fuzz;
 mod lifecycle;
 mod likelihood;
+mod messages;
 mod parameters;
 mod refusals;
+mod responses;
 mod several;
 mod structure;
+mod surfaces;
 
 use mesh_dialects as _;

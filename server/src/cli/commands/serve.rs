@@ -40,7 +40,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     let mut plans = Vec::new();
     for (index, KeptPlan { plan, name, pinned, share_bytes }) in kept.into_iter().enumerate() {
         let at_start = index == 0 || pinned;
-        let own_name = if at_start { None } else { setting.local_name(&plan).await };
+        let (own_name, profile) = if at_start { (None, None) } else { setting.local(&plan).await };
         let (said, steps) = (observer(output.clone(), notice.clone()), steps.clone());
         let observer: Observer = Arc::new(move |step| {
             said(step);
@@ -50,7 +50,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
             }
         });
         let starter = setting.starter(&plan, output.progress(), observer);
-        plans.push(SlotPlan { starter, name, own_name, pinned, share_bytes, at_start });
+        plans.push(SlotPlan { starter, name, own_name, profile, pinned, share_bytes, at_start });
     }
     let slots = Slots::spawn(plans, setting.keeping(args.memory, args.idle_ttl));
     let first = slots.clone();
