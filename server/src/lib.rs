@@ -3,20 +3,27 @@
 //! Names no backend and no family: it finds what the binary links through the registry.
 //!
 //! - [`openai`]: the wire format.
-//! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
+//! - [`routes`], [`body`], [`sse`], [`error`]: HTTP.
+//! - [`listen`], [`tls`], [`guard`], [`metrics`], [`otel`]: what is around the routes, and knows none of them.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
 //! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
 
 pub mod body;
+mod door;
 pub mod error;
+pub mod guard;
 pub mod lease;
 pub mod listen;
 pub mod measure;
+pub mod metrics;
 pub mod openai;
+pub mod otel;
 pub mod pipeline;
+mod record;
 pub mod routes;
 pub mod served;
 pub mod slots;
 pub mod sse;
+pub mod tls;
 pub mod voting;

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::SystemTime,
@@ -15,7 +15,10 @@ use mesh_core::{
 use mesh_text::{Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, dialects, tokenizer::DecoderOptions};
 use tokio::sync::Semaphore;
 
-use crate::lease::{Usage, Use};
+use crate::{
+    lease::{Usage, Use},
+    metrics::Tally,
+};
 
 /// The dialect of models that no family speaks for: text as it comes.
 const PLAIN_DIALECT: &str = "plain";
@@ -43,6 +46,8 @@ pub struct ServedModel {
     pub(crate) preparing: Semaphore,
     answered: AtomicBool,
     pub(crate) usage: Usage,
+    /// Its name and its counts, where it has a slot.
+    tally: OnceLock<(String, Arc<Tally>)>,
     default_template: Result<Template, TemplateError>,
     tool_template: Option<Result<Template, TemplateError>>,
 }
@@ -146,6 +151,7 @@ impl ServedModel {
             preparing: Semaphore::new(PREPARING_MAX),
             answered: AtomicBool::new(false),
             usage: Usage::new(),
+            tally: OnceLock::new(),
             default_template: voice.default_template,
             tool_template: voice.tool_template,
         })
@@ -159,6 +165,16 @@ impl ServedModel {
     /// Whether any request was answered whole.
     pub(crate) fn has_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Counts it under `name` from now on.
+    pub(crate) fn count(&self, name: String, tally: Arc<Tally>) {
+        self.tally.set((name, tally)).ok();
+    }
+
+    /// The name it is served under, and its counts, where it has a slot.
+    pub(crate) fn tally(&self) -> Option<&(String, Arc<Tally>)> {
+        self.tally.get()
     }
 
     /// Who uses it.

@@ -86,9 +86,9 @@ fn a_failure_is_json_where_the_log_is() {
     let output = home.run(&["--backend", "abacus", "--port", "0", "--log-format", "json"]);
     let stderr = String::from_utf8(output.stderr).unwrap();
     let last: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
-    assert_eq!(last["level"], "ERROR");
-    assert_eq!(last["fields"]["exit"], 4);
-    assert!(last["fields"]["message"].as_str().unwrap().contains("abacus"), "{last}");
+    assert_eq!(last["SeverityText"], "ERROR");
+    assert_eq!(last["Attributes"]["exit"], 4);
+    assert!(last["Body"].as_str().unwrap().contains("abacus"), "{last}");
 }
 
 #[test]

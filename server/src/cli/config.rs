@@ -12,7 +12,10 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
-use super::failure::{Exit, Failure};
+use super::{
+    access::ApiTable,
+    failure::{Exit, Failure},
+};
 
 /// Longest configuration file that is read, in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -47,6 +50,9 @@ pub struct Config {
     pub offline: Option<bool>,
     /// Directory for mirrored and imported models.
     pub cache: Option<PathBuf>,
+    /// Who may use the server.
+    #[serde(default)]
+    pub api: ApiTable,
     /// Settings of backends, by id.
     #[serde(default)]
     pub backends: BTreeMap<String, Value>,
@@ -138,6 +144,16 @@ mod tests {
             ctx = 4096
             memory = 2147483648
             pin = true
+            [api]
+            key_file = "keys"
+            insecure = false
+            allow_hosts = ["box.lan"]
+            cors_origins = ["http://localhost:3000"]
+            tls_cert = "cert.pem"
+            tls_key = "key.pem"
+            max_body = "32MiB"
+            open_metrics = true
+            log_prompts = false
             [backends.llama-server]
             args = ["--threads", "2"]
             "#,
@@ -145,6 +161,7 @@ mod tests {
         .unwrap();
         assert_eq!(config.backend.as_deref(), Some("auto"));
         assert_eq!((config.max_parallel, config.max_queue), (Some(8), Some(0)));
+        assert_eq!((config.api.max_body, config.api.open_metrics), (Some(ByteSize::mib(32)), true));
         assert_eq!(config.backends["llama-server"]["args"][1], "2");
         assert_eq!((config.memory, config.idle_ttl_s), (Some(ByteSize::gib(8)), Some(600)));
         assert_eq!(config.models[0].memory, Some(ByteSize::gib(2)));

@@ -11,7 +11,7 @@ use mesh_core::{EngineError, Event, EventStream, FinishReason, Timings, Usage};
 use mesh_text::{Answer, Delta, DialectParser, StopFilter, StreamDecoder, assemble};
 
 use super::prompt::Reader;
-use crate::lease::Lease;
+use crate::{lease::Lease, metrics::Watch};
 
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,7 @@ pub struct AnswerStream {
     ready: VecDeque<Part>,
     usage: Usage,
     called_tools: bool,
+    watch: Watch,
     /// Given up last: nobody stops the engine before.
     model: Lease,
 }
@@ -89,11 +90,13 @@ impl AnswerStream {
             ready: VecDeque::new(),
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
             called_tools: false,
+            watch: Watch::begin(&model),
             model,
         }
     }
 
     fn admit(&mut self, event: Event) {
+        self.watch.event(&event);
         match event {
             Event::Queued { ahead } => self.ready.push_back(Part::Queued { ahead }),
             Event::Prefill { done, total, cached } => {
@@ -141,6 +144,7 @@ impl AnswerStream {
         if text.is_empty() {
             return;
         }
+        self.watch.text(text);
         let deltas = match &mut self.parser {
             Some(parser) => parser.push(text),
             None => vec![Delta::Content(text.to_owned())],
@@ -169,7 +173,9 @@ impl AnswerStream {
             _ if self.called_tools => Finish::ToolCalls,
             _ => finish,
         };
-        self.ready.push_back(Part::Finished(Finished { finish, usage: self.usage, timings }));
+        let finished = Finished { finish, usage: self.usage, timings };
+        self.watch.finished(&finished);
+        self.ready.push_back(Part::Finished(finished));
     }
 }
 
@@ -186,10 +192,12 @@ impl Stream for AnswerStream {
                 Some(Ok(event)) => self.admit(event),
                 Some(Err(error)) => {
                     self.events = None;
+                    self.watch.broke();
                     return Poll::Ready(Some(Err(error)));
                 }
                 None => {
                     self.events = None;
+                    self.watch.broke();
                     let what = "its events ended before the answer did".into();
                     return Poll::Ready(Some(Err(EngineError::Failed { what })));
                 }
