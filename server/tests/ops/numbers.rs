@@ -54,7 +54,9 @@ async fn answers_are_counted_whatever_asked_for_them() {
     assert_eq!(at("mesh_llm_answers_total{model=\"org/fake-model\",reason=\"stop\"}"), 3.0);
     assert_eq!(at("mesh_llm_model_state{model=\"org/fake-model\",state=\"ready\"}"), 1.0);
     assert_eq!(at("mesh_llm_model_state{model=\"org/fake-model\",state=\"cold\"}"), 0.0);
-    assert_eq!(at("mesh_llm_model_reserved_bytes{model=\"org/fake-model\"}"), 0.0);
+    let reserved = server.slots.iter().next().unwrap().reserved_bytes();
+    assert!(reserved > 0);
+    assert_eq!(at("mesh_llm_model_reserved_bytes{model=\"org/fake-model\"}"), reserved as f64);
     assert_eq!(at(&format!("mesh_llm_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"))), 1.0);
     let exchange = |path: &str| {
         format!(
