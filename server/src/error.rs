@@ -235,6 +235,7 @@ impl ApiError {
             SubmitError::WrongForm { .. } => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", message)
             }
+            SubmitError::Grammar { .. } => Self::invalid("invalid_schema", message).param("response_format"),
             SubmitError::Unsupported { knob } => Self::invalid("unsupported_parameter", message).param(knob.field()),
         }
     }
@@ -244,7 +245,7 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let message = error.to_string();
         match error {
-            EngineError::Failed { .. } => {
+            EngineError::Failed { .. } | EngineError::NotBegun { .. } => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "engine_failed", message)
             }
             EngineError::Stopped => Self::unavailable("shutting_down", message, None),

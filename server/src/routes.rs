@@ -22,7 +22,7 @@ use crate::{
         parse,
         response::{ChatCompletion, Envelope, Model, ModelList, TextCompletion},
     },
-    pipeline::{self, AnswerStream, Ask, PipelineError},
+    pipeline::{self, AnswerStream, Ask, InLine, PipelineError},
     slots::{Slot, SlotState, Slots},
     sse::{self, Shape},
 };
@@ -176,11 +176,11 @@ async fn opened(slots: &Slots, shared: &Shared, ask: Ask) -> Result<(String, Ans
     let parts = match pipeline::open(lease, ask.clone()).await {
         Err(PipelineError::Submit(mesh_core::SubmitError::Gone { why })) => {
             tracing::warn!(%why, "the engine is gone; trying once more");
-            pipeline::open(slot.model(Some(model)).await?, ask).await?
+            pipeline::open(slot.model(Some(model)).await?, ask.clone()).await?
         }
         outcome => outcome?,
     };
-    Ok((slot.name(), parts))
+    Ok((slot.name(), parts.in_line(InLine::new(slots.clone(), &shared.model, ask))))
 }
 
 fn model(slot: &Slot) -> Model {

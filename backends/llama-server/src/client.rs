@@ -35,7 +35,10 @@ const MESSAGE_BYTES_MAX: usize = 2048;
 /// A conversation with the child that went wrong.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ClientError {
-    /// No connection, or it broke.
+    /// No connection: nothing was sent.
+    #[error("llama-server cannot be reached: {0}")]
+    Unreachable(String),
+    /// The connection broke.
     #[error("the connection to llama-server broke: {0}")]
     Transport(String),
     /// An answer other than success.
@@ -173,6 +176,7 @@ impl Client {
         let by =
             |http: &reqwest::Client| http.post(format!("{}{path}", self.base)).bearer_auth(&self.key).json(body).send();
         let answer = match by(&self.http).await {
+            Err(error) if error.is_connect() => return Err(ClientError::Unreachable(transport(error).to_string())),
             // A kept connection may be closed by the child just as it is used again; nothing was answered, so once more.
             // Not by another kept one, which may be closed as well: the child closes each after a hundred requests.
             Err(error) if error.is_request() && !error.is_timeout() => by(&self.afresh).await,

@@ -9,7 +9,9 @@ use std::{
 };
 
 use async_trait::async_trait;
-use mesh_core::{Capabilities, Engine, EngineError, EngineState, Event, EventStream, Job, Prompt, SubmitError};
+use mesh_core::{
+    Capabilities, Constraint, Engine, EngineError, EngineState, Event, EventStream, Grammar, Job, Prompt, SubmitError,
+};
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
@@ -21,6 +23,7 @@ use crate::{
     child::{Ended, Process},
     client::{Client, ClientError},
     gate::{Gate, Place},
+    schema,
     wire::{Candidate, Completion},
 };
 
@@ -107,6 +110,12 @@ impl LlamaEngine {
         }
     }
 
+    /// Ends the child as if it had crashed.
+    #[cfg(test)]
+    pub(crate) async fn end_child(&self) {
+        self.process.stop(Duration::ZERO).await;
+    }
+
     fn admit(&self) -> Result<Place, SubmitError> {
         let place = self.gate.enter();
         // Looked at after the place was taken: a drain that begins later waits for this place.
@@ -122,7 +131,7 @@ impl LlamaEngine {
             Prompt::Tokens(tokens) => Ok(tokens.clone()),
             Prompt::Text { text, add_special } => {
                 self.tokenize(text, *add_special).await.map_err(|error| match error {
-                    EngineError::Failed { what } => SubmitError::Gone { why: what },
+                    EngineError::Failed { what } | EngineError::NotBegun { what } => SubmitError::Gone { why: what },
                     EngineError::Stopped => SubmitError::Gone { why: why(&EngineState::Stopped) },
                 })
             }
@@ -131,6 +140,9 @@ impl LlamaEngine {
 
     fn check(&self, job: &Job, prompt: &[u32]) -> Result<(), SubmitError> {
         let max = self.capabilities.context_tokens_max;
+        if let Some(Constraint { grammar: Grammar::JsonSchema(schema), .. }) = &job.constraint {
+            schema::check(schema).map_err(|what| SubmitError::Grammar { what })?;
+        }
         if prompt.is_empty() {
             return Err(SubmitError::Empty);
         }
@@ -184,8 +196,13 @@ impl Engine for LlamaEngine {
         self.check(&job, &prompt)?;
         let body = Completion::new(&job, prompt, self.capabilities.context_tokens_max);
         let (events, stream) = mpsc::channel(EVENTS_BUFFERED_MAX);
-        let running =
-            Running { client: self.client.clone(), state: self.state.clone(), cancel: self.cancel.clone(), events };
+        let running = Running {
+            client: self.client.clone(),
+            state: self.state.clone(),
+            cancel: self.cancel.clone(),
+            events,
+            logprobs: job.logprobs,
+        };
         tokio::spawn(running.run(body, place));
         Ok(Box::pin(ReceiverStream::new(stream)))
     }
@@ -229,6 +246,8 @@ struct Running {
     state: Arc<watch::Sender<EngineState>>,
     cancel: CancellationToken,
     events: mpsc::Sender<Result<Event, EngineError>>,
+    /// Likeliest tokens to report with each.
+    logprobs: Option<u32>,
 }
 
 impl Running {
@@ -240,35 +259,60 @@ impl Running {
             // Whoever asked is gone. Dropping the connection is what cancels the job in the child.
             () = self.events.closed() => return,
             () = self.cancel.cancelled() => Err(EngineError::Stopped),
-            last = self.stream(&body, &mut place) => match last {
-                Ok(last) => Ok(last),
-                Err(error) => Err(reason(&self.state, &error).await),
-            },
+            last = self.whole(&body, &mut place) => last,
         };
         drop(place);
         let _ = self.events.send(last).await;
     }
 
+    /// Waits for its turn and is computed; returns the last event.
+    async fn whole(&self, body: &Completion, place: &mut Place) -> Result<Event, EngineError> {
+        let mut state = self.state.subscribe();
+        tokio::select! {
+            biased;
+            over = state.wait_for(EngineState::is_over) => return Err(match over.as_deref() {
+                Ok(EngineState::Failed(what)) => EngineError::NotBegun { what: what.clone() },
+                _ => EngineError::Stopped,
+            }),
+            // A reader too slow for positions goes without: the place comes to it all the same.
+            () = place.turn(|ahead| drop(self.events.try_send(Ok(Event::Queued { ahead })))) => {}
+        }
+        match self.stream(body).await {
+            Ok(last) => Ok(last),
+            Err(error) => Err(match reason(&self.state, &error).await {
+                // What the child was sent may be what ended it, and is handed to no other.
+                EngineError::Failed { what } if matches!(error, ClientError::Unreachable(_)) => {
+                    EngineError::NotBegun { what }
+                }
+                reason => reason,
+            }),
+        }
+    }
+
     /// Passes events on; returns the last one.
-    async fn stream(&self, body: &Completion, place: &mut Place) -> Result<Event, ClientError> {
-        // A reader too slow for positions goes without: the place comes to it all the same.
-        place.turn(|ahead| drop(self.events.try_send(Ok(Event::Queued { ahead })))).await;
+    async fn stream(&self, body: &Completion) -> Result<Event, ClientError> {
         let prompt_tokens = u32::try_from(body.prompt.len()).unwrap_or(u32::MAX);
         let mut pieces = self.client.complete(body).await?;
         let mut reported = 0;
+        let logprobs = self.logprobs;
         loop {
-            let piece = pieces.next().await?;
+            let mut piece = pieces.next().await?;
             if let Some(progress) = &piece.prompt_progress {
                 let total = progress.total.max(progress.processed);
                 let cached = progress.cache.min(progress.processed);
                 self.pass(Event::Prefill { done: progress.processed, total, cached }).await;
             }
-            if !piece.content.is_empty() {
+            if !piece.content.is_empty() || !piece.completion_probabilities.is_empty() {
                 // Tokens whose text was held back, as half a character is, count with the piece that brings it.
                 let tokens = piece.tokens_predicted.saturating_sub(reported);
                 reported = reported.max(piece.tokens_predicted);
-                let text = piece.content.clone();
-                self.pass(Event::Text { text, tokens, logprobs: Vec::new() }).await;
+                let text = std::mem::take(&mut piece.content);
+                let steps = std::mem::take(&mut piece.completion_probabilities);
+                let logprobs = match logprobs {
+                    Some(count) => steps.into_iter().map(|step| step.logprob(count)).collect(),
+                    None => Vec::new(),
+                };
+                self.pass(Event::Text { text, tokens, logprobs }).await;
             }
             if piece.stop == Some(true) {
                 let (reason, usage, timings) = piece.finish(prompt_tokens);

@@ -268,6 +268,21 @@ async fn whoever_waits_is_told_the_position_and_whenever_it_changes() {
 }
 
 #[tokio::test]
+async fn who_waited_when_the_child_died_was_never_begun() {
+    let (engine, _closings) = engine(Answer::Silent(PIECE)).await;
+    let mut streams = Vec::new();
+    for _ in 0..1 + QUEUED {
+        streams.push(engine.submit(text()).await.unwrap());
+    }
+    assert!(matches!(streams[0].next().await, Some(Ok(Event::Text { .. }))));
+    engine.end_child().await;
+    for waiting in streams.drain(1..) {
+        let events = events(waiting).await;
+        assert!(matches!(events.last(), Some(Err(EngineError::NotBegun { .. }))), "{events:?}");
+    }
+}
+
+#[tokio::test]
 async fn the_seat_is_free_once_the_end_is_read() {
     let (engine, _) = engine(Answer::Events("data: {\"content\":\"\",\"stop\":true,\"stop_type\":\"eos\"}\n\n")).await;
     for _ in 0..20 {
@@ -296,8 +311,8 @@ async fn unfit_jobs_are_refused_by_name() {
     let sampling = Sampling { logit_bias: [(VOCAB, 1.0)].into(), ..Sampling::greedy() };
     assert_eq!(refused(engine.submit(Job { sampling, ..tokens(vec![1]) }).await), unknown);
     assert_eq!(
-        refused(engine.submit(Job { logprobs: Some(1), ..tokens(vec![1]) }).await),
-        SubmitError::Unsupported { knob: Knob::Logprobs }
+        refused(engine.submit(Job { tokens_min: Some(1), ..tokens(vec![1]) }).await),
+        SubmitError::Unsupported { knob: Knob::MinTokens }
     );
 }
 

@@ -18,17 +18,22 @@ const CONTEXT_TOKENS_MIN: u32 = 2048;
 pub(crate) const OVERHEAD_BYTES: u64 = 256 << 20;
 
 /// The parameters that `/completion` honours.
-pub(crate) const KNOBS: [Knob; 10] = [
+pub(crate) const KNOBS: [Knob; 15] = [
     Knob::Temperature,
     Knob::TopP,
     Knob::TopK,
     Knob::MinP,
+    Knob::TypicalP,
+    Knob::Xtc,
+    Knob::Dry,
     Knob::Seed,
     Knob::RepetitionPenalty,
     Knob::PresencePenalty,
     Knob::FrequencyPenalty,
     Knob::LogitBias,
     Knob::IgnoreEos,
+    Knob::Logprobs,
+    Knob::JsonSchema,
 ];
 
 /// What engines of this backend accept, but for the numbers of one model.

@@ -34,6 +34,7 @@ mod live_tests;
 mod log;
 mod memory;
 mod pins;
+mod schema;
 pub mod settings;
 mod share;
 mod unpack;

@@ -1,9 +1,10 @@
 //! What llama-server is sent and sends, typed. Fields that are not used here are not listed.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use mesh_core::{FinishReason, Job, Sampling, Timings, Usage};
-use serde::{Deserialize, Serialize};
+use mesh_core::{Dry, FinishReason, Grammar, Job, Sampling, Timings, TokenLogprob, Usage};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Value, json};
 
 /// Body of `POST /tokenize`.
 #[derive(Debug, Serialize)]
@@ -92,16 +93,42 @@ pub(crate) struct Steps {
 
 #[derive(Debug, Deserialize)]
 pub(crate) struct Step {
+    #[serde(flatten)]
+    pub chosen: Candidate,
+    #[serde(default)]
     pub top_logprobs: Vec<Candidate>,
 }
 
 /// A token that may come next.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Candidate {
     /// Its id.
     pub id: u32,
+    /// Its bytes.
+    #[serde(default)]
+    pub bytes: Vec<u8>,
     /// The natural logarithm of its probability.
+    #[serde(deserialize_with = "finite")]
     pub logprob: f32,
+}
+
+/// JSON knows no infinity: the child writes `null`, or the least number there is, for what is impossible.
+fn finite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
+    Ok(Option::<f32>::deserialize(deserializer)?.unwrap_or(f32::NEG_INFINITY).max(f32::MIN))
+}
+
+impl From<Candidate> for mesh_core::Candidate {
+    fn from(candidate: Candidate) -> Self {
+        Self { id: candidate.id, bytes: Some(candidate.bytes), logprob: candidate.logprob }
+    }
+}
+
+impl Step {
+    /// With the `count` likeliest.
+    pub fn logprob(self, count: u32) -> TokenLogprob {
+        let top = self.top_logprobs.into_iter().take(count as usize).map(Into::into).collect();
+        TokenLogprob { chosen: self.chosen.into(), top }
+    }
 }
 
 /// Body of `POST /completion`. Every sampler is set, so that neither the child's defaults nor its arguments matter.
@@ -112,8 +139,8 @@ pub(crate) struct Completion {
     pub cache_prompt: bool,
     pub return_progress: bool,
     pub n_predict: u32,
-    /// The order in which they are applied; llama.cpp's natural one. Those not listed (DRY, XTC, typical, top-n-sigma) are off.
-    pub samplers: [&'static str; 5],
+    /// The order in which they are applied; llama.cpp's natural one. The one not listed (top-n-sigma) is off.
+    pub samplers: [&'static str; 8],
     pub temperature: f32,
     pub dynatemp_range: f32,
     pub top_k: u32,
@@ -122,7 +149,14 @@ pub(crate) struct Completion {
     pub typical_p: f32,
     pub top_n_sigma: f32,
     pub xtc_probability: f32,
+    pub xtc_threshold: f32,
     pub dry_multiplier: f32,
+    pub dry_base: f32,
+    pub dry_allowed_length: u32,
+    /// −1 is the whole context.
+    pub dry_penalty_last_n: i64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dry_sequence_breakers: Vec<String>,
     pub mirostat: u32,
     /// The window of the penalties, in tokens.
     pub repeat_last_n: u32,
@@ -133,6 +167,11 @@ pub(crate) struct Completion {
     pub seed: i64,
     pub logit_bias: Vec<(u32, f32)>,
     pub ignore_eos: bool,
+    /// Likeliest tokens to report with each; none reports no probabilities.
+    pub n_probs: u32,
+    pub post_sampling_probs: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub json_schema: Option<Arc<Value>>,
     pub stop: [&'static str; 0],
     /// The fields wanted of the last event, which would otherwise repeat the whole prompt.
     pub response_fields: [&'static str; 5],
@@ -146,23 +185,30 @@ impl Completion {
         let sampling = &job.sampling;
         let room = context_tokens.saturating_sub(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
         let greedy = sampling.temperature == Some(0.0);
+        let dry = sampling.dry.as_ref();
         Self {
             prompt,
             stream: true,
             cache_prompt: true,
             return_progress: true,
             n_predict: job.tokens_max.map_or(room, |most| most.min(room)),
-            samplers: ["penalties", "top_k", "top_p", "min_p", "temperature"],
+            samplers: ["penalties", "dry", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
             temperature: sampling.temperature.unwrap_or(1.0),
             dynatemp_range: 0.0,
             // The likeliest token is the same among one candidate as among all, and found faster.
             top_k: if greedy { 1 } else { sampling.top_k.unwrap_or(0) },
             top_p: sampling.top_p.unwrap_or(1.0),
             min_p: sampling.min_p.unwrap_or(0.0),
-            typical_p: 1.0,
+            typical_p: sampling.typical_p.unwrap_or(1.0),
             top_n_sigma: -1.0,
-            xtc_probability: 0.0,
-            dry_multiplier: 0.0,
+            xtc_probability: sampling.xtc.map_or(0.0, |xtc| xtc.probability),
+            // Above one half there are never two top choices.
+            xtc_threshold: sampling.xtc.map_or(1.0, |xtc| xtc.threshold),
+            dry_multiplier: dry.map_or(0.0, |dry| dry.multiplier),
+            dry_base: dry.map_or(1.0, |dry| dry.base),
+            dry_allowed_length: dry.map_or(0, |dry| dry.allowed_length),
+            dry_penalty_last_n: dry.and_then(|dry| dry.last_n).map_or(-1, i64::from),
+            dry_sequence_breakers: dry.map(breakers).unwrap_or_default(),
             mirostat: 0,
             repeat_last_n: if penalised(sampling) { context_tokens } else { 0 },
             repeat_penalty: sampling.repetition_penalty.unwrap_or(1.0),
@@ -171,9 +217,26 @@ impl Completion {
             seed: sampling.seed.map_or(-1, fold_seed),
             logit_bias: sampling.logit_bias.iter().map(|(id, bias)| (*id, *bias)).collect(),
             ignore_eos: job.ignore_eos,
+            // The chosen one's own is reported with at least one other.
+            n_probs: job.logprobs.map_or(0, |count| count.max(1)),
+            post_sampling_probs: false,
+            json_schema: job.constraint.as_ref().and_then(|constraint| match &constraint.grammar {
+                Grammar::JsonObject => Some(Arc::new(json!({ "type": "object" }))),
+                Grammar::JsonSchema(schema) => Some(schema.clone()),
+                // Not among this engine's capabilities.
+                Grammar::Regex(_) | Grammar::Lark(_) => None,
+            }),
             stop: [],
             response_fields: ["content", "stop", "stop_type", "tokens_predicted", "timings"],
         }
+    }
+}
+
+/// The child does not take an empty list; a character that no text holds does as well.
+fn breakers(dry: &Dry) -> Vec<String> {
+    match dry.sequence_breakers.is_empty() {
+        true => vec!["\u{10ffff}".to_owned()],
+        false => dry.sequence_breakers.clone(),
     }
 }
 
@@ -197,6 +260,9 @@ pub(crate) struct Piece {
     pub content: String,
     #[serde(default)]
     pub tokens_predicted: u32,
+    /// How likely the tokens of the text were, as far as the child says: it leaves out those that are no whole text.
+    #[serde(default)]
+    pub completion_probabilities: Vec<Step>,
     pub prompt_progress: Option<PromptProgress>,
     pub stop_type: Option<StopType>,
     pub timings: Option<ChildTimings>,
@@ -267,12 +333,35 @@ fn millis(value: f64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mesh_core::Prompt;
+    use mesh_core::{Constraint, Prompt, Xtc};
     use proptest::prelude::*;
-    use serde_json::json;
 
     fn job(sampling: Sampling) -> Job {
         Job { sampling, ..Job::new("j", Prompt::Tokens(vec![1, 2, 3])) }
+    }
+
+    #[test]
+    fn constraints_are_schemas_to_the_child() {
+        let with = |grammar| {
+            let constraint = Some(Constraint { grammar, rules: None });
+            serde_json::to_value(Completion::new(&Job { constraint, ..job(Sampling::default()) }, vec![1], 64)).unwrap()
+        };
+        let schema = json!({ "type": "array" });
+        assert_eq!(with(Grammar::JsonSchema(Arc::new(schema.clone())))["json_schema"], schema);
+        assert_eq!(with(Grammar::JsonObject)["json_schema"], json!({ "type": "object" }));
+    }
+
+    #[test]
+    fn probabilities_are_read_as_they_come() {
+        let piece = json!({ "content": "é", "stop": false, "completion_probabilities": [{
+            "id": 7, "token": "é", "bytes": [195, 169], "logprob": -0.5,
+            "top_logprobs": [{ "id": 7, "token": "é", "bytes": [195, 169], "logprob": -0.5 },
+                             { "id": 8, "token": "x", "bytes": [120], "logprob": null }],
+        }] });
+        let mut piece: Piece = serde_json::from_value(piece).unwrap();
+        let logprob = piece.completion_probabilities.remove(0).logprob(2);
+        assert_eq!((logprob.chosen.id, logprob.chosen.bytes.as_deref()), (7, Some("é".as_bytes())));
+        assert_eq!((logprob.top.len(), logprob.top[1].logprob), (2, f32::MIN));
     }
 
     #[test]
@@ -282,9 +371,10 @@ mod tests {
             body,
             json!({
                 "prompt": [1, 2, 3], "stream": true, "cache_prompt": true, "return_progress": true, "n_predict": 61,
-                "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
+                "samplers": ["penalties", "dry", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
                 "temperature": 1.0, "dynatemp_range": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0,
-                "top_n_sigma": -1.0, "xtc_probability": 0.0, "dry_multiplier": 0.0, "mirostat": 0,
+                "top_n_sigma": -1.0, "xtc_probability": 0.0, "xtc_threshold": 1.0, "dry_multiplier": 0.0, "dry_base": 1.0,
+                "dry_allowed_length": 0, "dry_penalty_last_n": -1, "n_probs": 0, "post_sampling_probs": false, "mirostat": 0,
                 "repeat_last_n": 0, "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
                 "seed": -1, "logit_bias": [], "ignore_eos": false, "stop": [],
                 "response_fields": ["content", "stop", "stop_type", "tokens_predicted", "timings"],
@@ -304,6 +394,16 @@ mod tests {
             presence_penalty: Some(0.5),
             frequency_penalty: Some(-0.5),
             logit_bias: [(5, -100.0)].into(),
+            typical_p: Some(0.5),
+            xtc: Some(Xtc { probability: 0.25, threshold: 0.125 }),
+            dry: Some(Dry {
+                multiplier: 0.5,
+                base: 1.75,
+                allowed_length: 3,
+                last_n: Some(100),
+                sequence_breakers: vec![],
+                breaker_ids: vec![],
+            }),
         };
         let body = Completion::new(&Job { ignore_eos: true, tokens_max: Some(9), ..job(sampling) }, vec![1], 64);
         let body = serde_json::to_value(body).unwrap();
@@ -312,6 +412,14 @@ mod tests {
             ("top_p", json!(0.75)),
             ("top_k", json!(7)),
             ("min_p", json!(0.25)),
+            ("typical_p", json!(0.5)),
+            ("xtc_probability", json!(0.25)),
+            ("xtc_threshold", json!(0.125)),
+            ("dry_multiplier", json!(0.5)),
+            ("dry_base", json!(1.75)),
+            ("dry_allowed_length", json!(3)),
+            ("dry_penalty_last_n", json!(100)),
+            ("dry_sequence_breakers", json!(["\u{10ffff}"])),
             ("seed", json!(42)),
             ("repeat_penalty", json!(1.5)),
             ("repeat_last_n", json!(64)),

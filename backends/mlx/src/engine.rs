@@ -226,6 +226,8 @@ struct Events {
     state: watch::Receiver<EngineState>,
     /// Until the engine is over; absent once it is.
     until_over: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    /// Whether anything of it was computed.
+    begun: bool,
     ended: bool,
 }
 
@@ -235,7 +237,7 @@ impl Events {
         let until_over = Box::pin(async move {
             let _ = watched.wait_for(EngineState::is_over).await;
         });
-        Self { receiver, state, until_over: Some(until_over), ended: false }
+        Self { receiver, state, until_over: Some(until_over), begun: false, ended: false }
     }
 
     fn poll_over(&mut self, context: &mut Context<'_>) -> Poll<EngineError> {
@@ -244,6 +246,7 @@ impl Events {
             self.until_over = None;
         }
         Poll::Ready(match &*self.state.borrow() {
+            EngineState::Failed(what) if !self.begun => EngineError::NotBegun { what: what.clone() },
             EngineState::Failed(what) => EngineError::Failed { what: what.clone() },
             _ => EngineError::Stopped,
         })
@@ -264,10 +267,11 @@ impl Stream for Events {
                 Poll::Pending => EngineError::Failed { what: "the answer was given up: nobody read it".into() },
             }),
             Poll::Pending => match self.poll_over(context) {
-                Poll::Ready(failed @ EngineError::Failed { .. }) => Err(failed),
+                Poll::Ready(failed @ (EngineError::Failed { .. } | EngineError::NotBegun { .. })) => Err(failed),
                 _ => return Poll::Pending,
             },
         };
+        self.begun |= !matches!(event, Ok(Event::Queued { .. }));
         self.ended = matches!(event, Ok(Event::Finished { .. }) | Err(_));
         Poll::Ready(Some(event))
     }

@@ -46,6 +46,20 @@ impl Remembered {
         self.store.flush_some()
     }
 
+    /// Brings a little of what only files have to memory, as long as no more than `bytes_max` are held; answers whether there
+    /// may be more.
+    pub fn thaw_some(&mut self, bytes_max: u64) -> bool {
+        let mut more = false;
+        let Some((segment, point)) = self.store.thaw_some(bytes_max, &mut more) else { return more };
+        // To the device's own memory now, and not when they are needed.
+        let arrays = segment.arrays.iter().chain(point.iter().flat_map(|point| &point.arrays));
+        if let Err(error) = mlx_rs::transforms::eval(arrays) {
+            tracing::warn!("a prefix from a file did not reach the device: {}", error.what());
+            return false;
+        }
+        more
+    }
+
     /// How many tokens of a prompt need not be computed.
     pub fn known(&self, prompt: &[u32], long: bool) -> usize {
         self.store.known(&key(prompt, long))
@@ -177,5 +191,7 @@ fn array(tensor: &NamedTensor) -> Result<Array, Exception> {
     let wrong = || Exception::custom(format!("tensor {} of a kept prefix has no such shape", tensor.name));
     let (dtype, _) = DTYPES.iter().find(|(_, theirs)| *theirs == tensor.dtype).ok_or_else(wrong)?;
     let shape = tensor.shape.iter().map(|dim| i32::try_from(*dim)).collect::<Result<Vec<_>, _>>();
-    ffi::from_bytes(&tensor.bytes, &shape.map_err(|_| wrong())?, *dtype).ok_or_else(wrong)
+    let array = ffi::from_bytes(&tensor.bytes, &shape.map_err(|_| wrong())?, *dtype).ok_or_else(wrong)?;
+    // What came from the host may stay in its memory; what is computed is in the device's.
+    mlx_rs::ops::select(Array::from_bool(true), &array, &array)
 }

@@ -257,6 +257,12 @@ pub enum SubmitError {
         /// The parameter.
         knob: Knob,
     },
+    /// The constraint cannot be enforced.
+    #[error("the answer cannot be made to keep to it: {what}")]
+    Grammar {
+        /// What of it, such as a keyword of a schema with its place.
+        what: String,
+    },
     /// The engine is draining or over.
     #[error("the engine is not serving: {why}")]
     Gone {
@@ -271,6 +277,12 @@ pub enum EngineError {
     /// The engine broke.
     #[error("the engine failed: {what}")]
     Failed {
+        /// Why.
+        what: Arc<str>,
+    },
+    /// The engine broke before the job's turn came: nothing of it was computed, so that another engine may be handed it.
+    #[error("the engine failed before the request's turn came: {what}")]
+    NotBegun {
         /// Why.
         what: Arc<str>,
     },

@@ -62,7 +62,10 @@ pub async fn measure_conversation(
     let message = (conversation.tokens / turns.max(1)).saturating_sub(answer_tokens).max(1);
     let (mut history, mut had) = (Vec::new(), Vec::new());
     // Whatever is made at first use is made now.
-    ask(engine, &tokens(64.min(conversation.tokens), vocab_size, u32::MAX), 2).await?;
+    let first = tokens(64.min(conversation.tokens), vocab_size, u32::MAX);
+    for _ in 0..2 {
+        ask(engine, &first, 2).await?;
+    }
     let mut last_prompt = Vec::new();
     for turn in 0..turns {
         let shared_tokens = history.len() as u32;

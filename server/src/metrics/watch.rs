@@ -70,6 +70,23 @@ impl Watch {
         self.end(End::Error);
     }
 
+    /// Another engine was handed the request, and another watch has begun there.
+    pub fn handed_on(&mut self) {
+        if std::mem::replace(&mut self.over, true) {
+            return;
+        }
+        self.leave();
+        if let Some(record) = &self.record {
+            record.note(|noted| noted.answers = noted.answers.saturating_sub(1));
+        }
+    }
+
+    fn leave(&self) {
+        if let Some(tally) = &self.tally {
+            if self.waiting { &tally.waiting } else { &tally.running }.dec();
+        }
+    }
+
     /// In line or out of it.
     fn moved(&mut self, waiting: bool) {
         if self.over || std::mem::replace(&mut self.waiting, waiting) == waiting {
@@ -106,8 +123,8 @@ impl Watch {
         if std::mem::replace(&mut self.over, true) {
             return;
         }
+        self.leave();
         if let Some(tally) = &self.tally {
-            if self.waiting { &tally.waiting } else { &tally.running }.dec();
             tally.end(end, self.usage);
             if !matches!(end, End::Cancelled | End::Error) {
                 tally.answer.observe(self.began.elapsed().as_secs_f64());

@@ -6,11 +6,14 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use futures::{Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt, future::BoxFuture};
 use mesh_core::{EngineError, Event, EventStream, FinishReason, Timings, Usage};
 use mesh_text::{Answer, Delta, DialectParser, StopFilter, StreamDecoder, assemble};
 
-use super::prompt::Reader;
+use super::{
+    hand_over::{HandOver, InLine},
+    prompt::Reader,
+};
 use crate::{lease::Lease, metrics::Watch};
 
 /// Why an answer ended.
@@ -67,6 +70,10 @@ pub struct AnswerStream {
     usage: Usage,
     called_tools: bool,
     watch: Watch,
+    /// As long as nothing was computed.
+    hand_over: Option<HandOver>,
+    /// The way to the next engine.
+    moving: Option<BoxFuture<'static, Result<AnswerStream, EngineError>>>,
     /// Given up last: nobody stops the engine before.
     model: Lease,
 }
@@ -91,12 +98,22 @@ impl AnswerStream {
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
             called_tools: false,
             watch: Watch::begin(&model),
+            hand_over: None,
+            moving: None,
             model,
         }
     }
 
+    /// The same, and should the engine end before the request's turn, the next one is handed it.
+    pub fn in_line(self, request: InLine) -> Self {
+        Self { hand_over: Some(request.hand_over()), ..self }
+    }
+
     fn admit(&mut self, event: Event) {
         self.watch.event(&event);
+        if !matches!(event, Event::Queued { .. }) {
+            self.hand_over = None;
+        }
         match event {
             Event::Queued { ahead } => self.ready.push_back(Part::Queued { ahead }),
             Event::Prefill { done, total, cached } => {
@@ -187,11 +204,30 @@ impl Stream for AnswerStream {
             if let Some(part) = self.ready.pop_front() {
                 return Poll::Ready(Some(Ok(part)));
             }
+            if let Some(moving) = &mut self.moving {
+                let moved = ready!(moving.poll_unpin(cx));
+                self.moving = None;
+                match moved {
+                    Ok(next) => {
+                        self.watch.handed_on();
+                        *self = next;
+                    }
+                    Err(error) => {
+                        self.watch.broke();
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                }
+                continue;
+            }
             let Some(events) = &mut self.events else { return Poll::Ready(None) };
             match ready!(events.poll_next_unpin(cx)) {
                 Some(Ok(event)) => self.admit(event),
                 Some(Err(error)) => {
                     self.events = None;
+                    if let (EngineError::NotBegun { .. }, Some(hand_over)) = (&error, self.hand_over.take()) {
+                        self.moving = Some(hand_over(self.model.clone()));
+                        continue;
+                    }
                     self.watch.broke();
                     return Poll::Ready(Some(Err(error)));
                 }

@@ -5,6 +5,7 @@
 
 pub mod answer;
 pub mod error;
+mod hand_over;
 mod landmarks;
 pub mod prompt;
 
@@ -13,6 +14,7 @@ use serde_json::{Map, Value};
 
 pub use answer::{AnswerStream, Finish, Finished, Part, collect};
 pub use error::PipelineError;
+pub use hand_over::InLine;
 
 use crate::{lease::Lease, served::ServedModel};
 

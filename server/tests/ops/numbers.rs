@@ -96,6 +96,23 @@ async fn who_runs_and_who_waits_is_shown_and_who_leaves_is_counted() {
 }
 
 #[tokio::test]
+async fn an_answer_that_goes_from_engine_to_engine_counts_once() {
+    let server = start(vec![Step::Queued(1), Step::FailInLine], Options::default()).await;
+    let (answer, ()) = futures::join!(server.chat(json!({})), async {
+        eventually("it is in line", || server.fake.jobs.lock().unwrap().len() == 1).await;
+        *server.fake.script.lock().unwrap() = vec![Step::Text("whole"), STOP];
+        server.fake.steps.add_permits(1);
+    });
+    assert_eq!(answer.0, 200);
+    let seen = scrape(&server).await;
+    let ended: f64 =
+        seen.iter().filter(|(name, _)| name.starts_with("mesh_llm_answers_total")).map(|(_, count)| count).sum();
+    assert_eq!(ended, 1.0);
+    let of = |name: &str| seen[&format!("mesh_llm_{name}{OF}")];
+    assert_eq!((of("requests_running"), of("requests_waiting")), (0.0, 0.0));
+}
+
+#[tokio::test]
 async fn labels_are_as_few_as_the_servers_own() {
     let server = start(vec![STOP], Options::default()).await;
     let before = scrape(&server).await.len();

@@ -76,7 +76,8 @@ fn only_requests_in_flight_notice_that_llama_server_was_killed() {
     });
     println!("{report:?}");
     assert_eq!(killed.into_inner(), KILLS);
-    assert!(report.broken > 0, "nobody was in flight when it was killed");
+    // No more than are computed at a time; who waits is handed to the next engine.
+    assert!((1..=KILLS * 4).contains(&report.broken), "{} were in flight when it was killed", report.broken);
     load::assert_flat(&resident.into_inner().unwrap());
     program.ends();
 }

@@ -48,6 +48,8 @@ pub enum Step {
     Finish(FinishReason),
     /// Breaks.
     Fail,
+    /// Waits until the test lets it go on, and breaks before the job's turn came.
+    FailInLine,
 }
 
 /// What a test sets and sees.
@@ -208,6 +210,12 @@ impl Engine for FakeEngine {
                     usage: Usage { prompt_tokens: 7, cached_tokens: 3, completion_tokens: tokens + 1 },
                     timings: Timings::default(),
                 }),
+                Step::FailInLine => {
+                    witness.fake.steps.acquire().await.unwrap().forget();
+                    let what: Arc<str> = "signal 9; last lines: ouch".into();
+                    witness.fake.state.send_replace(EngineState::Failed(what.clone()));
+                    Err(EngineError::NotBegun { what })
+                }
                 Step::Fail => {
                     let what: Arc<str> = "signal 9; last lines: ouch".into();
                     witness.fake.state.send_replace(EngineState::Failed(what.clone()));

@@ -4,9 +4,13 @@ use std::{sync::atomic::Ordering::SeqCst, time::Duration};
 
 use futures::StreamExt;
 use mesh_core::FinishReason;
+use mesh_llm::{
+    pipeline::{self, Ask, InLine, Subject},
+    slots::{Keeping, SlotState, Slots},
+};
 use serde_json::json;
 
-use crate::fake::{Form, Server, Step, chat, eventually};
+use crate::fake::{Fake, Form, Server, Step, chat, eventually};
 
 const STOP: Step = Step::Finish(FinishReason::Stop);
 
@@ -64,6 +68,54 @@ async fn an_engine_that_fails_ends_its_streams_and_is_started_again() {
     let (status, answer) = server.chat(json!({})).await;
     assert_eq!((status, answer["choices"][0]["message"]["content"].as_str()), (200, Some("whole")));
     assert_eq!(server.fake.loads.load(SeqCst), 2);
+}
+
+#[tokio::test]
+async fn requests_in_line_go_to_the_next_engine() {
+    for stream in [true, false] {
+        let server = Server::start(Form::Text, vec![Step::Queued(1), Step::FailInLine]).await;
+        let body = chat(json!({ "stream": stream })).to_string();
+        let (answers, ()) = futures::join!(
+            futures::future::join_all(
+                (0..3).map(|_| async { server.send("/v1/chat/completions", body.clone()).await.text().await.unwrap() })
+            ),
+            async {
+                eventually("all are in line", || server.fake.jobs.lock().unwrap().len() == 3).await;
+                *server.fake.script.lock().unwrap() = vec![Step::Text("whole"), STOP];
+                server.fake.steps.add_permits(3);
+            }
+        );
+        assert!(answers.iter().all(|text| text.contains("whole") && !text.contains("error")), "{answers:?}");
+        assert_eq!(answers.iter().filter(|text| text.contains("[DONE]")).count(), if stream { 3 } else { 0 });
+        assert_eq!((server.fake.loads.load(SeqCst), server.fake.jobs.lock().unwrap().len()), (2, 6));
+        eventually("no place is lost", || {
+            matches!(server.slots.get("fake").unwrap().state(), SlotState::Ready(model) if model.usage().requests == 0)
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_had_its_turn_is_not_handed_on() {
+    let script = vec![Step::Queued(1), Step::Prefill(7), Step::FailInLine];
+    let server = Server::start_with(Form::Text, script, |fake| fake.steps.add_permits(1)).await;
+    let (status, answer) = server.chat(json!({})).await;
+    assert_eq!((status, answer["error"]["code"].as_str()), (500, Some("engine_failed")));
+    assert_eq!(server.fake.jobs.lock().unwrap().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_no_engine_takes_is_told_why() {
+    let fake = Fake::new(Form::Text, vec![Step::FailInLine]);
+    // The first engine breaks, and none is loaded after it.
+    fake.steps.add_permits(1);
+    let slots = Slots::spawn(vec![fake.starter("fake", Form::Text).into()], Keeping::default());
+    let model = slots.get("fake").unwrap().model(None).await.unwrap();
+    fake.failing_loads.store(u32::MAX, SeqCst);
+    let ask = Ask::new("test", Subject::Text("Hi".into()));
+    let parts = pipeline::open(model, ask.clone()).await.unwrap().in_line(InLine::new(slots, "fake", ask));
+    let error = pipeline::collect(parts).await.unwrap_err().to_string();
+    assert!(error.contains("no other took the request in its place: fake failed"), "{error}");
 }
 
 #[tokio::test]

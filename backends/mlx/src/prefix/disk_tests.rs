@@ -65,6 +65,57 @@ fn a_restart_finds_everything() {
 }
 
 #[test]
+fn what_earlier_stores_left_is_thawed_as_far_as_there_is_room() {
+    for needs_points in [false, true] {
+        let folder = TempDir::new().unwrap();
+        let sequences: [&[u32]; 4] = [&[1, 2, 3], &[1, 2, 3, 4, 5], &[1, 2, 9], &[7]];
+        let mut store = open(folder.path(), needs_points);
+        for tokens in sequences {
+            put(&mut store, tokens);
+        }
+        flush(&mut store);
+        let thaw = |store: &mut Store, room| {
+            let (mut parts, mut more) = (0, true);
+            while more {
+                parts += usize::from(store.thaw_some(room, &mut more).is_some());
+                store.tree.check();
+            }
+            parts
+        };
+        let mut all = open(folder.path(), needs_points);
+        assert!(thaw(&mut all, u64::MAX) >= 4);
+        assert!(sequences.iter().all(|tokens| all.held(tokens) == tokens.len()));
+        assert!(!all.flush_some(), "nothing is new");
+        // Files are no longer needed.
+        files(folder.path()).iter().for_each(|file| fs::remove_file(file).unwrap());
+        for tokens in sequences {
+            assert_eq!(find(&mut all, &asked(tokens)), tokens.len());
+        }
+    }
+    let folder = TempDir::new().unwrap();
+    let mut store = open(folder.path(), false);
+    put(&mut store, &[1, 2, 3]);
+    put(&mut store, &[7, 8]);
+    flush(&mut store);
+    let mut some = open(folder.path(), false);
+    let mut more = true;
+    let room = some.bytes() + files(folder.path()).iter().map(|file| fs::metadata(file).unwrap().len()).max().unwrap();
+    while more {
+        some.thaw_some(room, &mut more);
+    }
+    assert_eq!((some.held(&[7, 8]), some.held(&[1, 2, 3])), (2, 0), "what was used last comes first");
+    assert!(some.bytes() <= room);
+    // A file that is no longer what it was costs what it held.
+    let mut damaged = open(folder.path(), false);
+    files(folder.path()).iter().for_each(|file| fs::write(file, b"").unwrap());
+    more = true;
+    while more {
+        assert!(damaged.thaw_some(u64::MAX, &mut more).is_none());
+    }
+    assert_eq!((damaged.known(&asked(&[7, 8])), damaged.nodes()), (0, 0));
+}
+
+#[test]
 fn an_edge_that_is_split_after_it_was_written_keeps_its_file() {
     for needs_points in [false, true] {
         let folder = TempDir::new().unwrap();

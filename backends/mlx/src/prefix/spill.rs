@@ -53,6 +53,26 @@ impl<S: Segment, P: Payload> PrefixStore<S, P> {
         self.tree.get(id).is_some_and(|node| node.is_written() || node.unwritable)
     }
 
+    /// Brings one more part of what only files have to memory, what was used last first, as long as the store does not
+    /// occupy more than `bytes_max`. This is no use of it. Answers what it brought; nothing if there is no more, or a file
+    /// was of no use, which `more` tells apart.
+    pub fn thaw_some(&mut self, bytes_max: u64, more: &mut bool) -> Option<(&S, Option<&P>)> {
+        let bytes_max = bytes_max.min(self.tree.limits.bytes_max);
+        let next = self.tree.thawing().and_then(|id| Some((id, self.tree.node(id).file.clone()?)));
+        *more = next.as_ref().is_some_and(|(_, slice)| self.tree.bytes().saturating_add(slice.file.bytes) <= bytes_max);
+        let (id, slice) = next.filter(|_| *more)?;
+        let wants_point = self.tree.needs_points && self.tree.node(id).point_on_disk;
+        if let Err(error) = self.load_node(id, &slice, wants_point, &mut None) {
+            if let Some(disk) = &mut self.disk {
+                disk.give_up(&slice.file.name, &error);
+            }
+            self.tree.forget_files(std::slice::from_ref(&slice.file.name));
+            return None;
+        }
+        let node = self.tree.node(id);
+        node.segment.as_ref().map(|segment| (segment, node.point.as_ref()))
+    }
+
     /// Counts uses in microseconds where files' times have to agree with them.
     pub(super) fn keep_time(&mut self) {
         if self.disk.is_some() {

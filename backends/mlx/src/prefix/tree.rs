@@ -423,6 +423,12 @@ impl<S: Segment, P: Payload> Tree<S, P> {
         best.map(|(_, id)| id)
     }
 
+    /// The node to be brought back to memory next: one used last of the cold ones right below warm ones.
+    pub fn thawing(&self) -> Option<NodeId> {
+        let cold = self.iter().filter(|(id, node)| !self.is_warm(*id) && self.is_warm(node.parent));
+        cold.max_by_key(|(id, node)| (node.used, *id)).map(|(id, _)| id)
+    }
+
     /// All tokens up to a node's end.
     pub fn tokens_to(&self, id: NodeId) -> Vec<u32> {
         let mut runs = Vec::new();

@@ -56,6 +56,8 @@ pub struct Runner {
     next_id: Id,
     chunks: u64,
     wrote_last: bool,
+    /// Whether what files held at the start is in memory, as far as there is room.
+    thawed: bool,
 }
 
 /// What a runner starts with.
@@ -100,6 +102,7 @@ impl Runner {
             next_id: 0,
             chunks: 0,
             wrote_last: false,
+            thawed: false,
         }
     }
 
@@ -149,11 +152,14 @@ impl Runner {
     fn next_arrival(&mut self, inbox: &mut Receiver<Work>) -> Option<Work> {
         let mut arrival = None;
         if self.remembered.has_files() {
-            let since = Instant::now();
             let mut arrived = |inbox: &mut Receiver<Work>| {
                 arrival = inbox.try_recv().ok();
                 arrival.is_some() || inbox.is_closed()
             };
+            if !self.thaw(|| arrived(inbox)) {
+                return arrival;
+            }
+            let since = Instant::now();
             while since.elapsed() < IDLE_BEFORE_SAVING {
                 if arrived(inbox) {
                     return arrival;
@@ -166,6 +172,21 @@ impl Runner {
             }
         }
         inbox.blocking_recv()
+    }
+
+    /// Brings what earlier engines left in files to memory, once, so that conversations go on after a restart as if there had
+    /// been none. Answers whether that is over; `enough` stops it for now.
+    fn thaw(&mut self, mut enough: impl FnMut() -> bool) -> bool {
+        while !self.thawed {
+            if enough() {
+                return false;
+            }
+            let room = self.room_to_remember();
+            let _gate = gate();
+            let _doing = self.shared.doing(Doing::Recall);
+            self.thawed = !self.remembered.thaw_some(room);
+        }
+        true
     }
 
     /// Writes what no file has yet, until all is written, the grace of a drain is over, or `enough` says so.

@@ -20,6 +20,9 @@ use crate::cli::{
     plan::{ModelPlan, Setting},
 };
 
+/// After a restart, an engine brings back what its files hold while nobody waits.
+const PAUSE_AFTER_RESTART: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// How long an engine may take to stop.
 const GRACE: std::time::Duration = std::time::Duration::from_secs(5);
 
@@ -53,6 +56,7 @@ pub async fn run(args: BenchArgs, output: &Output) -> Result<(), Failure> {
     if let Some(prompt) = measured.resume.take() {
         // What is known after a restart: nothing, unless prefixes are kept in files.
         let (_, again, _) = started(&args, output).await?;
+        tokio::time::sleep(PAUSE_AFTER_RESTART).await;
         let resumed = resume_conversation(&*again, &prompt).await;
         again.drain(GRACE).await;
         let (ttft_s, cached_tokens) = resumed.map_err(|error| Failure::new(Exit::Failure, error))?;

@@ -279,7 +279,8 @@ mod tests {
 
     #[test]
     fn a_difference_has_the_margin_of_the_choice_that_was_made() {
-        let candidates = [(5, -0.5), (7, -0.75), (9, -4.0)].map(|(id, logprob)| Candidate { id, logprob });
+        let candidates =
+            [(5, -0.5), (7, -0.75), (9, -4.0)].map(|(id, logprob)| Candidate { id, bytes: Vec::new(), logprob });
         assert_eq!(difference(&candidates, 5), None);
         let differs = |mlx, margin| Some(Difference { mlx, llama_server: 5, margin });
         assert_eq!(difference(&candidates, 7), differs(7, Some(0.25)));

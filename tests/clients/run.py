@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Starts mesh-llm with each backend and runs other people's clients against it. See README.md."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+import xml.etree.ElementTree
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE.parents[1] / "target" / "clients"
+READY_MAX_S = 1800  # llama-server may have to be compiled first
+SUITE_MAX_S = 3600
+
+
+def environment():
+    """The Python of a virtual environment that holds the clients."""
+    python = WORK / "venv" / "bin" / "python"
+    stamp = WORK / "venv" / "requirements"
+    wanted = (HERE / "requirements.txt").read_text()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", WORK / "venv"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def node():
+    """Where Node's packages are; None without Node."""
+    try:
+        subprocess.run(["npm", "--version"], check=True, stdout=subprocess.DEVNULL)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    folder = WORK / "node"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ["package.json", "openai.test.mjs"]:
+        (folder / name).write_text((HERE / name).read_text())
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True)
+    return folder
+
+
+class Server:
+    def __init__(self, binary, flags):
+        config = WORK / "config.toml"
+        config.write_text("")
+        command = [binary, "--port", "0", "--config", config, *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for line in self.process.stdout:
+            if line.startswith("listening on "):
+                self.url = line.split()[-1]
+                break
+        else:
+            sys.exit(f"{command} never listened")
+
+    def model(self):
+        """The model's name, once it is ready."""
+        for _ in range(READY_MAX_S):
+            with urllib.request.urlopen(f"{self.url}/v1/models") as answer:
+                model = json.load(answer)["data"][0]
+            if model["status"] == "ready":
+                return model["id"]
+            if model["status"] == "failed":
+                sys.exit(f"{model['id']} cannot be loaded")
+            time.sleep(1)
+        sys.exit("the model is not ready")
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+
+def suite(python, packages, server, report):
+    """Runs all clients; answers the names of the tests that failed, and how many there were."""
+    variables = {
+        **os.environ,
+        "MESH_URL": server.url,
+        "MESH_MODEL": server.model(),
+        "OPENAI_API_KEY": "none",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LANGSMITH_TRACING": "false",
+    }
+    subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", HERE],
+        env=variables, timeout=SUITE_MAX_S,
+    )
+    failed, count = set(), 0
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is not None:
+            continue
+        count += 1
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.add(f"{case.get('classname').rsplit('.', 1)[-1]}::{case.get('name')}")
+    if packages:
+        tests = subprocess.run(
+            ["node", "--test", "--test-reporter", "tap", "openai.test.mjs"],
+            cwd=packages, env=variables, timeout=SUITE_MAX_S, capture_output=True, text=True,
+        )
+        print(tests.stdout)
+        for line in tests.stdout.splitlines():
+            if line.startswith(("ok ", "not ok ")):
+                count += 1
+                if line.startswith("not ok "):
+                    failed.add("node::" + line.split(" - ", 1)[1])
+    return failed, count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--binary", default="target/release/mesh-llm")
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--mlx-file")
+    arguments = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    python, packages = environment(), node()
+    runs = {}
+    if arguments.gguf_file:
+        runs["llama-server"] = ["--gguf-file", arguments.gguf_file]
+    if arguments.mlx_file:
+        runs["mlx"] = ["--mlx-file", arguments.mlx_file]
+    runs = runs or {"llama-server": ["--gguf"], "mlx": ["--mlx"]}
+    known = tomllib.loads((HERE / "known.toml").read_text())
+    bad = False
+    for backend, flags in runs.items():
+        server = Server(Path(arguments.binary).resolve(), [*flags, "--max-parallel", "2"])
+        try:
+            failed, count = suite(python, packages, server, WORK / f"{backend}.xml")
+        finally:
+            server.stop()
+        reasons = {**known.get("both", {}), **known.get(backend, {})}
+        for name in sorted(failed & reasons.keys()):
+            print(f"{backend}: {name} fails, as known: {reasons[name]}")
+        for name in sorted(failed - reasons.keys()):
+            print(f"{backend}: {name} FAILS")
+        for name in sorted(reasons.keys() - failed):
+            print(f"{backend}: {name} is listed as failing and does not")
+        print(f"{backend}: {count - len(failed)} passed, {len(failed)} failed")
+        bad |= failed != reasons.keys()
+    sys.exit(bad)
+
+
+if __name__ == "__main__":
+    main()
