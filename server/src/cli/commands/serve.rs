@@ -65,6 +65,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     });
 
     let scheme = if options.tls.is_some() { "https" } else { "http" };
+    let key = if options.policy.keys.is_empty() { "" } else { " -H 'authorization: Bearer KEY'" };
     let failed = async {
         let mut starting: Vec<usize> =
             slots.iter().enumerate().filter(|(_, slot)| slot.at_start()).map(|(index, _)| index).collect();
@@ -83,7 +84,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
         if failures.len() >= slots.iter().count() {
             return failures.swap_remove(0);
         }
-        announce(output, address, scheme, &slots);
+        announce(output, address, scheme, key, &slots);
         // From here on a failure is the next request's to repair.
         while let Some((index, step)) = outcomes.recv().await {
             log(&slots, index, &step);
@@ -207,14 +208,14 @@ fn log(slots: &Slots, index: usize, step: &StartStep) {
     }
 }
 
-fn announce(output: &Output, address: SocketAddr, scheme: &str, slots: &Slots) {
+fn announce(output: &Output, address: SocketAddr, scheme: &str, key: &str, slots: &Slots) {
     output.line(format_args!("listening on {scheme}://{address}"));
     let ready = |slot: &&Slot| matches!(slot.state(), SlotState::Ready(_));
     let model = slots.iter().find(ready).or(slots.iter().next()).map(Slot::name);
     let body = serde_json::json!({ "model": model, "messages": [{ "role": "user", "content": "Hello" }] });
     let body = body.to_string().replace('\'', r"'\''");
     output.line(format_args!(
-        "try: curl {scheme}://{}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
+        "try: curl {scheme}://{}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'",
         reachable(address)
     ));
     let later: Vec<_> = slots.iter().filter(|slot| !slot.at_start()).map(Slot::name).collect();
