@@ -30,13 +30,13 @@ use warp::{
 use crate::{
     error::{ApiError, Refused},
     guard::{self, KeyName, METRICS_PATH, Policy, Verdict},
+    listen::REQUEST_ID,
     metrics::{Metrics, route},
     record::Record,
 };
 
 /// Longest request id that is taken over from a client, in bytes.
 const REQUEST_ID_BYTES_MAX: usize = 128;
-const REQUEST_ID: &str = "x-request-id";
 /// Longest path that the log shows, in characters.
 const LOGGED_PATH_MAX: usize = 200;
 /// Most bytes of a refused request that are read, so that its client gets to see why rather than a reset connection.
@@ -60,7 +60,7 @@ impl Door {
     pub async fn pass<S, I>(
         self: Arc<Self>,
         service: S,
-        request: Request<I>,
+        mut request: Request<I>,
         peer: SocketAddr,
         busy: watch::Sender<usize>,
     ) -> Result<Response<Watched>, Infallible>
@@ -80,6 +80,7 @@ impl Door {
         let mut exchange =
             Exchange::new(self.clone(), &request, peer, decision.key.clone(), record.clone(), span.clone(), busy);
         let path = request.uri().path().to_owned();
+        request.headers_mut().insert(REQUEST_ID, id.clone());
         let answer = async {
             match decision.verdict {
                 Verdict::Allow => match self.own(&request) {

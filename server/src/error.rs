@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use mesh_core::{EngineError, Hint, SubmitError, TemplateError};
+use mesh_text::ConstraintError;
 use warp::{
     Reply,
     http::{
@@ -211,6 +212,13 @@ impl From<PipelineError> for ApiError {
             PipelineError::Template(_) => Self::invalid("no_chat_template", message).param("messages"),
             PipelineError::NoTools { .. } => Self::invalid("unsupported_parameter", message).param("tools"),
             PipelineError::NoSwitch { field, .. } => Self::invalid("unsupported_parameter", message).param(field),
+            PipelineError::Constraint {
+                field,
+                error: ConstraintError::Schema(_) | ConstraintError::Grammar { .. },
+            } => Self::invalid("invalid_value", message).param(field),
+            PipelineError::Constraint { field, .. } => Self::invalid("unsupported_parameter", message).param(field),
+            PipelineError::NoStrict => Self::invalid("unsupported_parameter", message).param("tools"),
+            PipelineError::NoEcho => Self::invalid("unsupported_parameter", message).param("echo"),
             PipelineError::Submit(error) => Self::submit(error, message),
             PipelineError::Tokenizer(_) | PipelineError::NoTokenizer | PipelineError::Panicked => {
                 tracing::error!(error = %message, "a prompt could not be prepared");

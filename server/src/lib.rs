@@ -7,9 +7,11 @@
 //! - [`listen`], [`tls`], [`guard`], [`metrics`], [`otel`]: what is around the routes, and knows none of them.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
+//! - [`defaults`]: what holds where neither request nor configuration says.
 //! - [`slots`], [`served`], [`lease`], [`voting`]: models, from a name to something that answers.
 
 pub mod body;
+pub mod defaults;
 mod door;
 pub mod error;
 pub mod guard;

@@ -43,6 +43,9 @@ pub const HEADERS_MAX: usize = 100;
 /// Most bytes of headers, which are buffered whole.
 pub const HEADER_BYTES_MAX: usize = 64 << 10;
 
+/// The header with the request's name.
+pub const REQUEST_ID: &str = "x-request-id";
+
 /// How a server deals with its clients.
 #[derive(Clone, Debug)]
 pub struct Options {

@@ -18,9 +18,10 @@ use crate::{
     error::ApiError,
     openai::{
         ChatRequest, CompletionRequest,
+        completion::CompletionAsk,
         fields::Shared,
         parse,
-        response::{ChatCompletion, Envelope, Model, ModelList, TextCompletion},
+        response::{ChatCompletion, Envelope, Model, ModelList, TextCompletion, WireUsage},
     },
     pipeline::{self, AnswerStream, Ask, InLine, PipelineError},
     slots::{Slot, SlotState, Slots},
@@ -140,47 +141,61 @@ async fn generated<B: Buf>(
     let number = |name| headers.get(name)?.to_str().ok()?.parse().ok();
     let body = body::read(number(header::CONTENT_LENGTH), headers.contains_key(header::EXPECT), stream).await?;
     let id = Uuid::new_v4().simple();
-    let (id, (shared, ask)) = match shape {
+    let (id, shared, CompletionAsk { asks, n }) = match shape {
         Shape::Chat => {
             let id = format!("chatcmpl-{id}");
-            let asked = parse::<ChatRequest>(&body)?.ask(&id)?;
-            (id, asked)
+            let (shared, ask) = parse::<ChatRequest>(&body)?.ask(&id)?;
+            let n = ask.choices;
+            (id, shared, CompletionAsk { asks: vec![ask], n })
         }
         Shape::Text => {
             let id = format!("cmpl-{id}");
-            let asked = parse::<CompletionRequest>(&body)?.ask(&id)?;
-            (id, asked)
+            let (shared, asked) = parse::<CompletionRequest>(&body)?.ask(&id)?;
+            (id, shared, asked)
         }
     };
     drop(body);
     let field = if shape == Shape::Chat { "messages" } else { "prompt" };
-    let (model, parts) = opened(slots, &shared, ask).await.map_err(|error| error.prompt_in(field))?;
+    let logprobs = asks.iter().any(|ask| ask.logprobs.is_some());
+    let choices = asks.first().map_or(1, |ask| ask.choices) as usize;
+    let (model, answers) = opened(slots, &shared, asks).await.map_err(|error| error.prompt_in(field))?;
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let envelope = Envelope { id, created, model };
+    let reasoning_field = answers.first().map(|answer| answer.model().manner.reasoning_field).unwrap_or_default();
+    let envelope = Envelope { id, created, model, reasoning_field, choices };
     if shared.stream {
-        return Ok(sse::reply(parts, envelope, shape, shared.include_usage));
+        return Ok(sse::reply(answers, envelope, shape, shared.include_usage));
     }
-    let (answer, finished) = pipeline::collect(parts).await?;
+    let answers = futures::future::try_join_all(answers.into_iter().map(pipeline::collect)).await?;
     Ok(match shape {
-        Shape::Chat => warp::reply::json(&ChatCompletion::new(envelope, answer, &finished)).into_response(),
-        Shape::Text => warp::reply::json(&TextCompletion::whole(&envelope, answer.content, &finished)).into_response(),
+        Shape::Chat => warp::reply::json(&ChatCompletion::new(envelope, answers, logprobs)).into_response(),
+        Shape::Text => {
+            let usage = WireUsage::of(answers.iter().map(|(_, finished)| finished), choices);
+            let answers =
+                if choices > n as usize { pipeline::likeliest(answers, choices, n as usize) } else { answers };
+            warp::reply::json(&TextCompletion::whole(&envelope, answers, usage, logprobs)).into_response()
+        }
     })
 }
 
-/// Finds the model and hands the request to it; returns the name it is served under. An engine that turns out to be over
-/// is started again, once. One that is to make room is not over before the lease is.
-async fn opened(slots: &Slots, shared: &Shared, ask: Ask) -> Result<(String, AnswerStream), ApiError> {
+/// Finds the model and hands the requests to it; returns the name it is served under, and the answers in order. An engine
+/// that turns out to be over is started again, once. One that is to make room is not over before the lease is.
+async fn opened(slots: &Slots, shared: &Shared, asks: Vec<Ask>) -> Result<(String, Vec<AnswerStream>), ApiError> {
     let slot = slots.get(&shared.model)?;
     let lease = slot.model(None).await?;
     let model = Arc::clone(&lease);
-    let parts = match pipeline::open(lease, ask.clone()).await {
+    let answers = match pipeline::open_all(lease, asks.clone()).await {
         Err(PipelineError::Submit(mesh_core::SubmitError::Gone { why })) => {
             tracing::warn!(%why, "the engine is gone; trying once more");
-            pipeline::open(slot.model(Some(model)).await?, ask.clone()).await?
+            pipeline::open_all(slot.model(Some(model)).await?, asks.clone()).await?
         }
         outcome => outcome?,
     };
-    Ok((slot.name(), parts.in_line(InLine::new(slots.clone(), &shared.model, ask))))
+    let each = asks.iter().flat_map(|ask| (0..ask.choices).map(|choice| ask.choice(choice)));
+    let in_line = answers
+        .into_iter()
+        .zip(each)
+        .map(|(answer, ask)| answer.in_line(InLine::new(slots.clone(), &shared.model, ask)));
+    Ok((slot.name(), in_line.collect()))
 }
 
 fn model(slot: &Slot) -> Model {

@@ -1,21 +1,26 @@
 //! A model that is ready: its engine, and everything needed to talk with it.
 
 use std::{
+    collections::BTreeMap,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::SystemTime,
 };
 
 use mesh_core::{
-    EngineHandle, Hint, ModelFamily, ModelProfile, OutputForm, PromptForm, RegistryError, TemplateError, Thinking,
-    UnknownName,
+    EngineHandle, Hint, ModelFamily, ModelProfile, OutputForm, PromptForm, RegistryError, Sampling, TemplateError,
+    Thinking, UnknownName,
 };
-use mesh_text::{Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, dialects, tokenizer::DecoderOptions};
+use mesh_text::{
+    ConstraintError, Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, Vocabulary, dialects,
+    tokenizer::DecoderOptions,
+};
 use tokio::sync::Semaphore;
 
 use crate::{
+    defaults::{self, Manner},
     lease::{Usage, Use},
     metrics::Tally,
 };
@@ -43,6 +48,11 @@ pub struct ServedModel {
     pub tokenizer: Option<Tokenizer>,
     /// Seconds since 1970 at which it became ready.
     pub since: u64,
+    /// How it is presented to clients.
+    pub manner: Manner,
+    defaults: Sampling,
+    /// By the special tokens that are part of the text.
+    vocabularies: Mutex<BTreeMap<Vec<&'static str>, Arc<Vocabulary>>>,
     pub(crate) preparing: Semaphore,
     answered: AtomicBool,
     pub(crate) usage: Usage,
@@ -132,13 +142,22 @@ impl Voice {
 
 impl ServedModel {
     /// Puts a loaded engine and its voice together; reads the tokenizer where the engine works on tokens.
-    pub fn new(profile: Arc<ModelProfile>, voice: Voice, handle: EngineHandle) -> Result<Self, VoiceError> {
+    pub fn new(
+        profile: Arc<ModelProfile>,
+        voice: Voice,
+        handle: EngineHandle,
+        manner: Manner,
+    ) -> Result<Self, VoiceError> {
         let capabilities = handle.capabilities();
         let on_tokens = capabilities.prompt == PromptForm::Tokens || capabilities.output == OutputForm::Tokens;
         let tokenizer = match (&profile.tokenizer, on_tokens) {
             (Some(path), true) => Some(Tokenizer::from_file(&path.value)?),
             (None, true) => return Err(VoiceError::NoTokenizer { model: profile.name.clone() }),
             (_, false) => None,
+        };
+        let defaults = match manner.generation_config {
+            true => defaults::sampling(&profile, capabilities),
+            false => Sampling::default(),
         };
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Ok(Self {
@@ -148,6 +167,9 @@ impl ServedModel {
             dialect: voice.dialect,
             tokenizer,
             since,
+            manner,
+            defaults,
+            vocabularies: Mutex::default(),
             preparing: Semaphore::new(PREPARING_MAX),
             answered: AtomicBool::new(false),
             usage: Usage::new(),
@@ -180,6 +202,27 @@ impl ServedModel {
     /// Who uses it.
     pub fn usage(&self) -> Use {
         self.usage.now()
+    }
+
+    /// The sampling of requests that do not say: what the model's `generation_config.json` asks for.
+    pub fn defaults(&self) -> &Sampling {
+        &self.defaults
+    }
+
+    /// Its tokens, arranged for grammars, where the engine takes tokens. Special tokens named in `keep` are part of the text.
+    /// Takes a moment at first.
+    pub(crate) fn vocabulary(&self, keep: &[&'static str]) -> Result<Arc<Vocabulary>, ConstraintError> {
+        let no_tokenizer = || ConstraintError::Tokenizer { what: "there is none".into() };
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(no_tokenizer)?;
+        // Who comes second waits rather than doing the same.
+        let mut made = self.vocabularies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(vocabulary) = made.get(keep) {
+            return Ok(vocabulary.clone());
+        }
+        let eos: Vec<u32> = self.profile.eos_token_ids.iter().map(|fact| fact.value).collect();
+        let vocabulary = Arc::new(Vocabulary::new(tokenizer, keep, &eos)?);
+        made.insert(keep.to_vec(), vocabulary.clone());
+        Ok(vocabulary)
     }
 
     /// The template for a conversation with or without tools.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt, stream};
+use mesh_core::EngineError;
 use mesh_text::Delta;
 use serde::Serialize;
 use warp::{
@@ -20,8 +21,8 @@ use warp::{
 
 use crate::{
     error::ApiError,
-    openai::response::{ChatChunk, Envelope, TextCompletion},
-    pipeline::{AnswerStream, Part},
+    openai::response::{ChatChunk, Envelope, TextCompletion, WireUsage},
+    pipeline::{AnswerStream, Choices, Finished, Part, TokenText},
 };
 
 /// Silence after which a comment is sent, so that nobody in between takes the connection for dead.
@@ -39,17 +40,28 @@ pub enum Shape {
     Text,
 }
 
-/// A whole answer in events: chunks, the usage if asked for, `[DONE]`. An engine that fails underway ends it with an
+/// Whole answers in events: chunks, the usage if asked for, `[DONE]`. An engine that fails underway ends them with an
 /// `error` event.
-pub fn reply(parts: AnswerStream, envelope: Envelope, shape: Shape, include_usage: bool) -> Response {
-    let first = (shape == Shape::Chat).then(|| data(&ChatChunk::role(&envelope)));
+pub fn reply(answers: Vec<AnswerStream>, envelope: Envelope, shape: Shape, include_usage: bool) -> Response {
+    let count = answers.len();
+    let roles: Vec<_> = (0..count as u32)
+        .filter(|_| shape == Shape::Chat)
+        .map(|index| data(&ChatChunk::role(&envelope, index)))
+        .collect();
     let mut comments = Comments::default();
-    let rest = parts.flat_map(move |part| {
+    let mut writer =
+        Writer { envelope, shape, include_usage, waiting: vec![Vec::new(); count], ended: vec![None; count] };
+    // The first error ends all of it.
+    let parts = Choices::from(answers).scan(false, |over, part| {
+        let goes_on = !std::mem::replace(over, part.1.is_err());
+        std::future::ready(goes_on.then_some(part))
+    });
+    let rest = parts.flat_map(move |(index, part)| {
         let comment = part.as_ref().ok().and_then(|part| comments.on(part, Instant::now()));
         let comment = comment.map(|text| Event::default().comment(format!(" {text}")));
-        stream::iter(comment.into_iter().chain(events(part, &envelope, shape, include_usage)))
+        stream::iter(comment.into_iter().chain(writer.events(index, part)))
     });
-    let events = stream::iter(first).chain(rest).map(Ok::<_, Infallible>);
+    let events = stream::iter(roles).chain(rest).map(Ok::<_, Infallible>);
     let kept_alive = warp::sse::keep_alive().interval(KEEP_ALIVE).stream(Exclusive::new(events));
     let mut response = warp::sse::reply(kept_alive).into_response();
     // no-transform and x-accel-buffering keep proxies from collecting events.
@@ -58,37 +70,60 @@ pub fn reply(parts: AnswerStream, envelope: Envelope, shape: Shape, include_usag
     response
 }
 
-fn events(
-    part: Result<Part, mesh_core::EngineError>,
-    envelope: &Envelope,
+/// Writes events, and remembers for each answer what belongs to its next one.
+struct Writer {
+    envelope: Envelope,
     shape: Shape,
     include_usage: bool,
-) -> Vec<Event> {
-    match part {
-        // What comments are for.
-        Ok(Part::Queued { .. } | Part::Prefill { .. }) => Vec::new(),
-        Ok(Part::Delta(delta)) => match shape {
-            Shape::Chat => vec![data(&ChatChunk::delta(envelope, delta))],
-            Shape::Text => vec![data(&TextCompletion::delta(envelope, text(delta)))],
-        },
-        Ok(Part::Finished(finished)) => {
-            let mut events = match shape {
-                Shape::Chat => vec![data(&ChatChunk::finish(envelope, &finished))],
-                Shape::Text => vec![data(&TextCompletion::finish(envelope, &finished))],
-            };
-            if include_usage {
-                events.push(match shape {
-                    Shape::Chat => data(&ChatChunk::usage(envelope, &finished)),
-                    Shape::Text => data(&TextCompletion::usage(envelope, &finished)),
-                });
+    /// Tokens of the piece that follows.
+    waiting: Vec<Vec<TokenText>>,
+    ended: Vec<Option<Finished>>,
+}
+
+impl Writer {
+    fn events(&mut self, index: u32, part: Result<Part, EngineError>) -> Vec<Event> {
+        let (envelope, at) = (&self.envelope, index as usize);
+        match part {
+            // What comments are for.
+            Ok(Part::Queued { .. } | Part::Prefill { .. }) => Vec::new(),
+            Ok(Part::Tokens(tokens)) => {
+                self.waiting[at].extend(tokens);
+                Vec::new()
             }
-            events.push(Event::default().data(" [DONE]"));
-            events
+            Ok(Part::Delta(delta)) => {
+                let tokens = std::mem::take(&mut self.waiting[at]);
+                vec![match self.shape {
+                    Shape::Chat => data(&ChatChunk::delta(envelope, index, delta, &tokens)),
+                    Shape::Text => data(&TextCompletion::delta(envelope, index, text(delta), &tokens)),
+                }]
+            }
+            Ok(Part::Finished(finished)) => {
+                let mut events = match self.shape {
+                    Shape::Chat => vec![data(&ChatChunk::finish(envelope, index, &finished))],
+                    Shape::Text => vec![data(&TextCompletion::finish(envelope, index, &finished))],
+                };
+                self.ended[at] = Some(finished);
+                events.extend(self.end());
+                events
+            }
+            Err(error) => {
+                tracing::error!(answer = %envelope.id, %error, "an answer broke off");
+                vec![data(&ApiError::from(error).body()).event(" error")]
+            }
         }
-        Err(error) => {
-            tracing::error!(answer = %envelope.id, %error, "an answer broke off");
-            vec![data(&ApiError::from(error).body()).event(" error")]
+    }
+
+    /// What follows the last answer.
+    fn end(&self) -> Vec<Event> {
+        if self.ended.iter().any(Option::is_none) {
+            return Vec::new();
         }
+        let usage = WireUsage::of(self.ended.iter().flatten(), self.envelope.choices);
+        let usage = self.include_usage.then(|| match self.shape {
+            Shape::Chat => data(&ChatChunk::usage(&self.envelope, usage)),
+            Shape::Text => data(&TextCompletion::usage(&self.envelope, usage)),
+        });
+        usage.into_iter().chain([Event::default().data(" [DONE]")]).collect()
     }
 }
 
@@ -116,7 +151,7 @@ impl Comments {
                 self.prefill = Some(now);
                 Some(format!("reading the prompt, {done} of {total} tokens"))
             }
-            Part::Delta(_) | Part::Finished(_) => None,
+            Part::Tokens(_) | Part::Delta(_) | Part::Finished(_) => None,
         }
     }
 }

@@ -94,6 +94,47 @@ impl Plan {
     }
 }
 
+impl Plan {
+    fn piece(&self, token: String, first: bool) -> Piece {
+        let mut token = token;
+        for step in &self.steps {
+            match step {
+                Step::Replace { from, to } => token = token.replace(from, to),
+                Step::Metaspace { replacement, drop_first } => {
+                    let space = if first && *drop_first { "" } else { " " };
+                    token = token.replace(*replacement, space);
+                }
+                Step::Strip(strip) => {
+                    let mut rest = token.as_str();
+                    (0..strip.start).for_each(|_| rest = rest.strip_prefix(strip.content).unwrap_or(rest));
+                    (0..strip.stop).for_each(|_| rest = rest.strip_suffix(strip.content).unwrap_or(rest));
+                    token = rest.to_owned();
+                }
+                Step::ByteFallback => {
+                    if let Some(byte) = fallback_byte(&token) {
+                        return Piece::Bytes(vec![byte]);
+                    }
+                }
+                Step::ByteLevel => {
+                    let bytes: Option<Vec<u8>> = token.chars().map(level_byte).collect();
+                    // Added tokens are spelled as they are, and need not be made of the alphabet.
+                    return Piece::Bytes(bytes.unwrap_or_else(|| token.into_bytes()));
+                }
+            }
+        }
+        Piece::Text(token)
+    }
+
+    /// The bytes that a token stands for within a text.
+    pub(crate) fn bytes(&self, token: String) -> Vec<u8> {
+        let bytes = match self.piece(token, false) {
+            Piece::Text(text) => text.into_bytes(),
+            Piece::Bytes(bytes) => bytes,
+        };
+        if self.separated { [b" ", &bytes[..]].concat() } else { bytes }
+    }
+}
+
 /// What one token stands for.
 enum Piece {
     Text(String),
@@ -144,7 +185,7 @@ impl StreamDecoder {
         if self.plan.separated && !first {
             text.push(' ');
         }
-        match self.piece(token, first) {
+        match self.plan.piece(token, first) {
             Piece::Bytes(bytes) => {
                 self.partial.extend(bytes);
                 drain(&mut self.partial, self.bytewise, false, &mut text);
@@ -164,36 +205,6 @@ impl StreamDecoder {
         let text = self.strip(text);
         *self = Self::new(self.tokenizer.clone(), self.plan.clone(), mem::take(&mut self.options));
         text
-    }
-
-    fn piece(&self, token: String, first: bool) -> Piece {
-        let mut token = token;
-        for step in &self.plan.steps {
-            match step {
-                Step::Replace { from, to } => token = token.replace(from, to),
-                Step::Metaspace { replacement, drop_first } => {
-                    let space = if first && *drop_first { "" } else { " " };
-                    token = token.replace(*replacement, space);
-                }
-                Step::Strip(strip) => {
-                    let mut rest = token.as_str();
-                    (0..strip.start).for_each(|_| rest = rest.strip_prefix(strip.content).unwrap_or(rest));
-                    (0..strip.stop).for_each(|_| rest = rest.strip_suffix(strip.content).unwrap_or(rest));
-                    token = rest.to_owned();
-                }
-                Step::ByteFallback => {
-                    if let Some(byte) = fallback_byte(&token) {
-                        return Piece::Bytes(vec![byte]);
-                    }
-                }
-                Step::ByteLevel => {
-                    let bytes: Option<Vec<u8>> = token.chars().map(level_byte).collect();
-                    // Added tokens are spelled as they are, and need not be made of the alphabet.
-                    return Piece::Bytes(bytes.unwrap_or_else(|| token.into_bytes()));
-                }
-            }
-        }
-        Piece::Text(token)
     }
 
     fn strip(&mut self, text: String) -> String {

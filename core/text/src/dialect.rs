@@ -41,6 +41,26 @@ pub enum Delta {
     },
 }
 
+/// How an answer shows where its reasoning begins and ends, for constraints that begin with the content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReasoningForm {
+    /// What opens the reasoning, where the prompt did not.
+    pub open: &'static str,
+    /// What closes it.
+    pub close: &'static str,
+    /// What opens the content after it, or instead of it; empty where content needs no opening.
+    pub content: &'static str,
+}
+
+/// A function that may be called, for grammars.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallSchema {
+    /// Its name.
+    pub name: String,
+    /// The JSON schema of its arguments, whose references are to itself.
+    pub parameters: serde_json::Value,
+}
+
 /// Reads one answer. Fed with text in any pieces.
 pub trait DialectParser: Send {
     /// Takes the next piece of text and returns what it settles. Text that may turn out to be a marker is held back.
@@ -65,6 +85,24 @@ pub trait Dialect: Send + Sync {
     fn opens_reasoning(&self, prompt: &str) -> bool {
         let _ = prompt;
         false
+    }
+
+    /// How its answers show where reasoning ends; `None` where there is none, or nothing that says so.
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        None
+    }
+
+    /// A Lark grammar, with llguidance's `%json`, of an answer that is calls of these functions and nothing else, as the
+    /// parser reads them: one, or with `many` several. `None` where calls have no form that a grammar could describe.
+    fn call_grammar(&self, calls: &[CallSchema], many: bool) -> Option<String> {
+        let _ = (calls, many);
+        None
+    }
+
+    /// What each call of [`Dialect::call_grammar`] begins with, and nothing else: where an answer that may call or not has to
+    /// be watched from on. `None` where there is no such marker.
+    fn call_trigger(&self) -> Option<&'static str> {
+        None
     }
 
     /// Tokens that the parser has to see in the text even where the tokenizer calls them special:

@@ -4,10 +4,12 @@
 //! - [`tokenizer`], [`decoder`]: text to token ids, and token ids to text one at a time.
 //! - [`stop`]: cuts a stream at stop strings.
 //! - [`dialect`]: the contract of a wire format of reasoning and tool calls, and its registry.
+//! - [`constraint`]: which tokens keep to a grammar.
 //! - [`scan`]: what dialects are written with.
 //!
 //! Everything that streams keeps one promise: however its input is cut, its output is the same.
 
+pub mod constraint;
 pub mod decoder;
 pub mod dialect;
 pub mod scan;
@@ -19,8 +21,11 @@ pub mod tokenizer;
 #[doc(hidden)]
 pub use inventory as __inventory;
 
+pub use constraint::{ConstraintError, Vocabulary};
 pub use decoder::StreamDecoder;
-pub use dialect::{Answer, AnsweredCall, Delta, Dialect, DialectParser, ParserContext, assemble, dialects};
+pub use dialect::{
+    Answer, AnsweredCall, CallSchema, Delta, Dialect, DialectParser, ParserContext, ReasoningForm, assemble, dialects,
+};
 pub use mesh_core::error::TemplateError;
 pub use stop::{StopFilter, StopOutput};
 pub use template::{Template, TemplateInput};

@@ -15,6 +15,9 @@ use crate::decoder::{Plan, StreamDecoder};
 /// Largest tokenizer.json read, in bytes. The largest published ones are below 40 MB.
 pub const FILE_BYTES_MAX: u64 = 512 << 20;
 
+/// Most ids that are looked at. The largest published vocabularies have a few hundred thousand.
+const IDS_MAX: u32 = 1 << 22;
+
 /// Why a tokenizer cannot be had, or cannot encode.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -171,6 +174,26 @@ impl Tokenizer {
     /// The token of an id, as the vocabulary spells it.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// The bytes that a token stands for within a text, special tokens as they are spelled. `None` if there is no such token.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        self.decoded_token(id).map(|token| self.plan.bytes(token))
+    }
+
+    /// The tokens whose text holds one of `texts`.
+    pub fn tokens_with(&self, texts: &[String]) -> Vec<u32> {
+        let holds = |bytes: &[u8], text: &[u8]| bytes.windows(text.len().max(1)).any(|window| window == text);
+        let held = |id: &u32| {
+            self.token_bytes(*id).is_some_and(|bytes| texts.iter().any(|text| holds(&bytes, text.as_bytes())))
+        };
+        (0..self.ids()).filter(held).collect()
+    }
+
+    /// One more than the largest id. Vocabularies may have gaps.
+    pub fn ids(&self) -> u32 {
+        let model = self.inner.get_vocab(true);
+        model.into_values().max().map_or(0, |largest| largest.saturating_add(1)).min(IDS_MAX)
     }
 
     /// Whether a token is special: not part of what users read.

@@ -6,7 +6,10 @@
 
 use std::mem;
 
-use mesh_text::{Delta, Dialect, DialectParser, ParserContext, register_dialect, scan::settled_len};
+use mesh_text::{
+    CallSchema, Delta, Dialect, DialectParser, ParserContext, ReasoningForm, constraint::lark_calls, register_dialect,
+    scan::settled_len,
+};
 
 use crate::{
     call,
@@ -38,6 +41,18 @@ impl Dialect for Hermes {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         think::Think.opens_reasoning(prompt)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        think::Think.reasoning()
+    }
+
+    fn call_grammar(&self, calls: &[CallSchema], many: bool) -> Option<String> {
+        lark_calls(calls, "arguments", ["<tool_call>\n", "\n", "\n</tool_call>"], many)
+    }
+
+    fn call_trigger(&self) -> Option<&'static str> {
+        Some(OPEN)
     }
 
     fn markers(&self, _context: &ParserContext) -> &'static [&'static str] {

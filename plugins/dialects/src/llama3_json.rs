@@ -6,7 +6,7 @@
 
 use std::mem;
 
-use mesh_text::{Delta, Dialect, DialectParser, ParserContext, register_dialect};
+use mesh_text::{CallSchema, Delta, Dialect, DialectParser, ParserContext, constraint::lark_calls, register_dialect};
 
 use crate::{call, plain::Passthrough, reasoning::push};
 
@@ -31,6 +31,10 @@ impl Dialect for Llama3Json {
 
     fn parser(&self, context: &ParserContext) -> Box<dyn DialectParser> {
         if context.tools { Box::new(Parser::default()) } else { Box::new(Passthrough) }
+    }
+
+    fn call_grammar(&self, calls: &[CallSchema], many: bool) -> Option<String> {
+        lark_calls(calls, "parameters", ["", "; ", ""], many)
     }
 
     fn markers(&self, context: &ParserContext) -> &'static [&'static str] {

@@ -1,6 +1,6 @@
 //! `<think>…</think>` and then content: DeepSeek-R1, QwQ and their kin. See [`Reasoning`] for newlines.
 
-use mesh_text::{Delta, Dialect, DialectParser, ParserContext, register_dialect};
+use mesh_text::{Delta, Dialect, DialectParser, ParserContext, ReasoningForm, register_dialect};
 
 use crate::reasoning::Reasoning;
 
@@ -29,6 +29,10 @@ impl Dialect for Think {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         prompt.trim_end().ends_with(OPEN)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        Some(ReasoningForm { open: OPEN, close: CLOSE, content: "" })
     }
 
     fn markers(&self, _context: &ParserContext) -> &'static [&'static str] {

@@ -60,7 +60,7 @@ pub struct AccessArgs {
 /// The same in the configuration file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ApiTable {
+pub struct AccessTable {
     /// File of API keys.
     pub key_file: Option<PathBuf>,
     /// Listen beyond this machine without a key.
@@ -100,14 +100,14 @@ fn body_value<'de, D: Deserializer<'de>>(value: D) -> Result<Option<ByteSize>, D
 }
 
 /// What the server does with its clients. Flags and the environment go before the file; what may be repeated adds up.
-pub fn options(args: &AccessArgs, table: &ApiTable, address: IpAddr) -> Result<Options, Failure> {
+pub fn options(args: &AccessArgs, table: &AccessTable, address: IpAddr) -> Result<Options, Failure> {
     let listed = std::env::var(KEYS_VARIABLE).ok().filter(|keys| !keys.trim().is_empty());
     options_with(args, table, address, listed.as_deref())
 }
 
 fn options_with(
     args: &AccessArgs,
-    table: &ApiTable,
+    table: &AccessTable,
     address: IpAddr,
     listed: Option<&str>,
 ) -> Result<Options, Failure> {
@@ -190,7 +190,7 @@ mod tests {
     fn said(line: &str, file: &str, keys: Option<&str>, address: &str) -> Result<Options, Failure> {
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
         let config: Config = toml::from_str(file).unwrap();
-        options_with(&cli.serve.access, &config.api, address.parse().unwrap(), keys)
+        options_with(&cli.serve.access, &config.access, address.parse().unwrap(), keys)
     }
 
     const KEY: &str = "0123456789abcdef";
@@ -204,13 +204,13 @@ mod tests {
         assert!(["--api-key-file", KEYS_VARIABLE, "--insecure"].iter().all(|way| hint.contains(way)), "{hint}");
         said("mesh-llm", "", None, "127.0.0.1").unwrap();
         said("mesh-llm --insecure", "", None, "0.0.0.0").unwrap();
-        said("mesh-llm", "[api]\ninsecure = true", None, "0.0.0.0").unwrap();
+        said("mesh-llm", "[access]\ninsecure = true", None, "0.0.0.0").unwrap();
         assert!(!said("mesh-llm", "", Some(KEY), "0.0.0.0").unwrap().policy.keys.is_empty());
     }
 
     #[test]
     fn the_command_line_goes_before_the_file_and_lists_add_up() {
-        let file = "[api]\nmax_body = \"1MiB\"\nallow_hosts = [\"a\"]\ncors_origins = [\"http://a\"]\nlog_prompts = true\n\
+        let file = "[access]\nmax_body = \"1MiB\"\nallow_hosts = [\"a\"]\ncors_origins = [\"http://a\"]\nlog_prompts = true\n\
                     open_metrics = true";
         let options = said("mesh-llm", file, None, "127.0.0.1").unwrap();
         assert_eq!((options.body_bytes_max, options.log_prompts, options.policy.metrics_open), (1 << 20, true, true));
@@ -228,12 +228,12 @@ mod tests {
     fn mistakes_are_answered_with_a_way_out() {
         for (line, file, keys, message) in [
             ("mesh-llm --api-key-file no/such/keys", "", None, "no/such/keys: "),
-            ("mesh-llm", "[api]\nkey_file = \"no/such/keys\"", None, "no/such/keys: "),
+            ("mesh-llm", "[access]\nkey_file = \"no/such/keys\"", None, "no/such/keys: "),
             ("mesh-llm", "", Some("a b"), "MESH_LLM_API_KEYS, key 1: "),
             ("mesh-llm --allow-host http://a", "", None, "`http://a` is not the name of a host"),
             ("mesh-llm --cors-origin a", "", None, "`a` is not an origin"),
             ("mesh-llm --tls-cert a.pem", "", None, "there is a certificate and no key"),
-            ("mesh-llm", "[api]\ntls_key = \"a.pem\"", None, "there is a key and no certificate"),
+            ("mesh-llm", "[access]\ntls_key = \"a.pem\"", None, "there is a key and no certificate"),
             ("mesh-llm --tls-cert no/a.pem --tls-key no/b.pem", "", None, "no/a.pem: "),
         ] {
             let failure = said(line, file, keys, "127.0.0.1").unwrap_err();
@@ -242,7 +242,7 @@ mod tests {
         }
         for size in ["0", "1023", "513MiB", "lots", "-1"] {
             assert!(Cli::try_parse_from(["mesh-llm", &format!("--max-body={size}")]).is_err(), "{size}");
-            assert!(toml::from_str::<Config>(&format!("[api]\nmax_body = {size:?}")).is_err(), "{size}");
+            assert!(toml::from_str::<Config>(&format!("[access]\nmax_body = {size:?}")).is_err(), "{size}");
         }
     }
 }

@@ -9,11 +9,12 @@ use std::{
 };
 
 use bytesize::ByteSize;
+use mesh_llm::defaults::{Manner, ReasoningField};
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
 use super::{
-    access::ApiTable,
+    access::AccessTable,
     failure::{Exit, Failure},
 };
 
@@ -52,10 +53,32 @@ pub struct Config {
     pub cache: Option<PathBuf>,
     /// Who may use the server.
     #[serde(default)]
+    pub access: AccessTable,
+    /// How models are presented to clients.
+    #[serde(default)]
     pub api: ApiTable,
     /// Settings of backends, by id.
     #[serde(default)]
     pub backends: BTreeMap<String, Value>,
+}
+
+/// How models are presented to clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApiTable {
+    /// The field that holds reasoning: `reasoning_content`, `reasoning` or `both`.
+    #[serde(default)]
+    pub reasoning_field: ReasoningField,
+    /// Whether a model's `generation_config.json` counts where a request does not say; true if absent.
+    pub generation_config: Option<bool>,
+}
+
+impl ApiTable {
+    /// The same with what is absent filled in.
+    pub fn manner(&self) -> Manner {
+        let Self { reasoning_field, generation_config } = *self;
+        Manner { reasoning_field, generation_config: generation_config.unwrap_or(true) }
+    }
 }
 
 /// One of several models.
@@ -144,7 +167,7 @@ mod tests {
             ctx = 4096
             memory = 2147483648
             pin = true
-            [api]
+            [access]
             key_file = "keys"
             insecure = false
             allow_hosts = ["box.lan"]
@@ -154,6 +177,9 @@ mod tests {
             max_body = "32MiB"
             open_metrics = true
             log_prompts = false
+            [api]
+            reasoning_field = "both"
+            generation_config = false
             [backends.llama-server]
             args = ["--threads", "2"]
             "#,
@@ -161,9 +187,11 @@ mod tests {
         .unwrap();
         assert_eq!(config.backend.as_deref(), Some("auto"));
         assert_eq!((config.max_parallel, config.max_queue), (Some(8), Some(0)));
-        assert_eq!((config.api.max_body, config.api.open_metrics), (Some(ByteSize::mib(32)), true));
+        assert_eq!((config.access.max_body, config.access.open_metrics), (Some(ByteSize::mib(32)), true));
         assert_eq!(config.backends["llama-server"]["args"][1], "2");
         assert_eq!((config.memory, config.idle_ttl_s), (Some(ByteSize::gib(8)), Some(600)));
+        let manner = Manner { reasoning_field: ReasoningField::Both, generation_config: false };
+        assert_eq!((config.api.manner(), ApiTable::default().manner()), (manner, Manner::default()));
         assert_eq!(config.models[0].memory, Some(ByteSize::gib(2)));
         assert!(config.models[0].pin && config.models[0].name.as_deref() == Some("small"));
     }

@@ -264,6 +264,7 @@ impl Setting {
             forced: plan.forced.clone(),
             opt_in: plan.opt_in,
             context_tokens: plan.context_tokens,
+            manner: self.config.api.manner(),
             progress,
             observer,
         }

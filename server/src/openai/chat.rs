@@ -1,5 +1,6 @@
 //! `POST /v1/chat/completions`: the request.
 
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -7,7 +8,17 @@ use super::{
     fields::{Shared, refuse_set, request, tokens_max},
     message::{self, WireMessage},
 };
-use crate::pipeline::{Ask, Chat, Effort, Subject};
+use crate::pipeline::{Ask, Chat, Effort, Subject, ToolChoice};
+
+/// `reasoning`: how much of it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct WireReasoning {
+    /// As `reasoning_effort`.
+    pub effort: Option<String>,
+    /// As `thinking_budget`.
+    pub max_tokens: Option<u32>,
+}
 
 request! {
     /// The body of a chat completion.
@@ -16,12 +27,14 @@ request! {
         max_completion_tokens: Option<u32>,
         tools: Option<Vec<Value>>,
         tool_choice: Option<Value>,
-        /// True says what holds anyway: an answer may hold several calls.
+        /// False has an answer end with its first call.
         parallel_tool_calls: Option<bool>,
-        response_format: Option<Value>,
         chat_template_kwargs: Option<Map<String, Value>>,
         reasoning_effort: Option<String>,
         enable_thinking: Option<bool>,
+        /// Most tokens of reasoning.
+        thinking_budget: Option<u32>,
+        reasoning: Option<WireReasoning>,
         logprobs: Option<bool>,
         top_logprobs: Option<u32>,
         /// Says who asks. Accepted and put to no use, like `user`.
@@ -59,16 +72,27 @@ impl ChatRequest {
         let limit = tokens_max("max_tokens", self.max_tokens)?
             .or(tokens_max("max_completion_tokens", self.max_completion_tokens)?);
         let logprobs = self.logprobs()?;
-        let tools = self.tools()?;
+        let (tools, tool_choice) = self.tools()?;
+        if shared.grammar.is_some() && !tools.is_empty() {
+            let what =
+                "cannot go with `tools` that may be called; set `tool_choice` to `none`, or leave one of them out";
+            return Err(BadRequest::value("response_format", what));
+        }
         let effort = self.effort()?;
+        let thinking_tokens_max = self.thinking_tokens_max()?;
         let messages = message::messages(self.messages.ok_or_else(|| BadRequest::missing("messages"))?)?;
-        let chat = Chat { messages, tools, kwargs: self.chat_template_kwargs.unwrap_or_default(), effort };
+        let kwargs = self.chat_template_kwargs.unwrap_or_default();
+        let single_call = self.parallel_tool_calls == Some(false);
+        let chat = Chat { messages, tools, tool_choice, single_call, kwargs, effort, thinking_tokens_max };
         let ask = Ask {
             sampling: shared.sampling.clone(),
             tokens_max: limit,
+            tokens_min: shared.tokens_min,
             ignore_eos: shared.ignore_eos,
             logprobs,
             stop: shared.stop.clone(),
+            grammar: shared.grammar.clone(),
+            choices: shared.n,
             ..Ask::new(id, Subject::Chat(chat))
         };
         Ok((shared, ask))
@@ -77,7 +101,6 @@ impl ChatRequest {
     fn refuse(&self) -> Result<(), BadRequest> {
         let none = Value::Null;
         refuse_set(&[
-            ("response_format", &self.response_format, json!({ "type": "text" }), "only {\"type\": \"text\"} is"),
             ("service_tier", &self.service_tier, json!("auto"), "only `auto` is"),
             ("store", &self.store, json!(false), "nothing is stored"),
             ("metadata", &self.metadata, json!({}), "nothing is stored"),
@@ -89,11 +112,7 @@ impl ChatRequest {
             ("web_search_options", &self.web_search_options, none.clone(), "leave it out"),
             ("verbosity", &self.verbosity, none.clone(), "leave it out"),
             ("prompt_cache_retention", &self.prompt_cache_retention, none, "leave it out"),
-        ])?;
-        if self.parallel_tool_calls == Some(false) {
-            return Err(BadRequest::unsupported("parallel_tool_calls", "answers may hold several calls"));
-        }
-        Ok(())
+        ])
     }
 
     fn logprobs(&self) -> Result<Option<u32>, BadRequest> {
@@ -107,20 +126,51 @@ impl ChatRequest {
         }
     }
 
-    /// The tools to show the model: none of them where the request forbids calls.
-    fn tools(&self) -> Result<Vec<Value>, BadRequest> {
+    /// The tools to show the model, none of them where the request forbids calls, and which of them has to be called.
+    fn tools(&self) -> Result<(Vec<Value>, ToolChoice), BadRequest> {
         let tools = self.tools.clone().unwrap_or_default();
         message::tools(&tools)?;
-        match &self.tool_choice {
-            None => Ok(tools),
-            Some(Value::String(choice)) if choice == "auto" => Ok(tools),
-            Some(Value::String(choice)) if choice == "none" => Ok(Vec::new()),
-            Some(_) => Err(BadRequest::unsupported("tool_choice", "only `auto` and `none` are")),
+        let choice = match &self.tool_choice {
+            None => ToolChoice::Auto,
+            Some(Value::String(choice)) if choice == "auto" => ToolChoice::Auto,
+            Some(Value::String(choice)) if choice == "none" => return Ok((Vec::new(), ToolChoice::Auto)),
+            Some(Value::String(choice)) if choice == "required" => ToolChoice::Required,
+            Some(choice) => match (choice.get("type").and_then(Value::as_str), choice.pointer("/function/name")) {
+                (Some("function"), Some(Value::String(name))) => ToolChoice::Named(name.clone()),
+                _ => {
+                    let what =
+                        "has to be none, auto, required or {\"type\": \"function\", \"function\": {\"name\": …}}";
+                    return Err(BadRequest::value("tool_choice", what));
+                }
+            },
+        };
+        let name = |tool: &Value| tool.pointer("/function/name").and_then(Value::as_str).map(str::to_owned);
+        match &choice {
+            ToolChoice::Auto => {}
+            _ if tools.is_empty() => return Err(BadRequest::value("tool_choice", "is only possible with `tools`")),
+            ToolChoice::Named(wanted) if !tools.iter().any(|tool| name(tool).as_ref() == Some(wanted)) => {
+                return Err(BadRequest::value("tool_choice.function.name", "is none of `tools`"));
+            }
+            ToolChoice::Required | ToolChoice::Named(_) => {}
+        }
+        Ok((tools, choice))
+    }
+
+    fn thinking_tokens_max(&self) -> Result<Option<u32>, BadRequest> {
+        match (self.thinking_budget, self.reasoning.as_ref().and_then(|reasoning| reasoning.max_tokens)) {
+            (Some(one), Some(other)) if one != other => {
+                Err(BadRequest::value("reasoning.max_tokens", "contradicts `thinking_budget`; give one of them"))
+            }
+            (one, other) => Ok(one.or(other)),
         }
     }
 
     fn effort(&self) -> Result<Option<Effort>, BadRequest> {
-        match (&self.reasoning_effort, self.enable_thinking) {
+        let nested = self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.as_ref());
+        if nested.is_some() && self.reasoning_effort.is_some() && nested != self.reasoning_effort.as_ref() {
+            return Err(BadRequest::value("reasoning.effort", "contradicts `reasoning_effort`; give one of them"));
+        }
+        match (self.reasoning_effort.as_ref().or(nested), self.enable_thinking) {
             (None, None) => Ok(None),
             (None, Some(thinking)) => Ok(Some(Effort::Switch(thinking))),
             (Some(_), Some(_)) => Err(BadRequest::value("enable_thinking", "cannot go with `reasoning_effort`")),

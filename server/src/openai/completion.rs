@@ -2,36 +2,39 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, Error as _},
+};
 use serde_json::{Value, json};
 
 use super::{
     BadRequest,
-    fields::{Shared, refuse_set, request, tokens_max},
+    fields::{CHOICES_MAX, Shared, refuse_set, request, tokens_max},
 };
 use crate::pipeline::{Ask, Subject};
+
+/// Most prompts of a request.
+pub const PROMPTS_MAX: usize = 16;
+/// Most alternatives that can be asked for with each token.
+const LOGPROBS_MAX: u32 = 20;
 
 request! {
     /// The body of a text completion.
     CompletionRequest {
-        prompt: Option<Prompt>,
+        prompt: Option<Prompts>,
         logprobs: Option<u32>,
-        echo: Option<Value>,
+        /// Put the prompt in front of the answer.
+        echo: Option<bool>,
         suffix: Option<Value>,
-        best_of: Option<Value>,
+        /// Write so many answers, and give the likeliest of them.
+        best_of: Option<u32>,
     }
 }
 
-/// What to continue: text, or token ids.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Prompt {
-    /// One text; a list of one is the same.
-    Text(String),
-    /// One list of token ids.
-    Tokens(Vec<u32>),
-    /// Several prompts at once, which is not supported.
-    Several,
-}
+/// What to continue: texts, or lists of token ids.
+#[derive(Clone, Debug)]
+pub struct Prompts(pub Vec<Subject>);
 
 /// An element of a list given as the prompt.
 enum Element {
@@ -67,69 +70,95 @@ impl<'de> Deserialize<'de> for Element {
     }
 }
 
-impl<'de> Deserialize<'de> for Prompt {
+impl<'de> Deserialize<'de> for Prompts {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Visitor;
         impl<'de> de::Visitor<'de> for Visitor {
-            type Value = Prompt;
+            type Value = Prompts;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or a list of token ids")
+                f.write_str("a string, a list of token ids, or a list of either")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Prompt, E> {
-                Ok(Prompt::Text(text.to_owned()))
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Prompts, E> {
+                Ok(Prompts(vec![Subject::Text(text.to_owned())]))
             }
 
-            fn visit_string<E: de::Error>(self, text: String) -> Result<Prompt, E> {
-                Ok(Prompt::Text(text))
-            }
-
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
-                let mut prompt = None;
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Prompts, A::Error> {
+                let mixed = || A::Error::invalid_value(de::Unexpected::Other("a mix of texts and tokens"), &Visitor);
+                let (mut prompts, mut tokens) = (Vec::new(), Vec::new());
                 while let Some(element) = seq.next_element()? {
-                    prompt = Some(match (prompt, element) {
-                        (None, Element::Text(text)) => Prompt::Text(text),
-                        (None, Element::Token(id)) => Prompt::Tokens(vec![id]),
-                        (None, Element::List(ids)) => Prompt::Tokens(ids),
-                        (Some(Prompt::Tokens(mut ids)), Element::Token(id)) => {
-                            ids.push(id);
-                            Prompt::Tokens(ids)
-                        }
-                        (Some(_), _) => Prompt::Several,
-                    });
+                    match element {
+                        Element::Token(id) if prompts.is_empty() => tokens.push(id),
+                        _ if !tokens.is_empty() => return Err(mixed()),
+                        Element::Text(text) => prompts.push(Subject::Text(text)),
+                        Element::List(ids) => prompts.push(Subject::Tokens(ids)),
+                        Element::Token(_) => return Err(mixed()),
+                    }
                 }
-                Ok(prompt.unwrap_or(Prompt::Tokens(Vec::new())))
+                if prompts.is_empty() {
+                    prompts.push(Subject::Tokens(tokens));
+                }
+                Ok(Prompts(prompts))
             }
         }
         deserializer.deserialize_any(Visitor)
     }
 }
 
+/// What a request for text completions comes to.
+#[derive(Debug)]
+pub struct CompletionAsk {
+    /// One for each prompt.
+    pub asks: Vec<Ask>,
+    /// Answers to each prompt that are given. Where the asks have more, the likeliest.
+    pub n: u32,
+}
+
 impl CompletionRequest {
-    /// Checks everything that does not depend on the model, and translates it. `id` names the job.
-    pub fn ask(self, id: &str) -> Result<(Shared, Ask), BadRequest> {
+    /// Checks everything that does not depend on the model, and translates it. `id` names the jobs.
+    pub fn ask(self, id: &str) -> Result<(Shared, CompletionAsk), BadRequest> {
         let shared = self.shared()?;
-        refuse_set(&[
-            ("echo", &self.echo, json!(false), "the answer holds what was generated, and nothing else"),
-            ("suffix", &self.suffix, json!(""), "prompts are continued, not filled in"),
-            ("best_of", &self.best_of, json!(1), "send one request for each answer"),
-        ])?;
-        let subject = match self.prompt.ok_or_else(|| BadRequest::missing("prompt"))? {
-            Prompt::Text(text) => Subject::Text(text),
-            Prompt::Tokens(ids) => Subject::Tokens(ids),
-            Prompt::Several => {
-                return Err(BadRequest::unsupported("prompt", "send one request for each prompt"));
-            }
-        };
-        let ask = Ask {
+        refuse_set(&[("suffix", &self.suffix, json!(""), "prompts are continued, not filled in")])?;
+        let echo = self.echo.unwrap_or(false);
+        if echo && self.logprobs.is_some() {
+            return Err(BadRequest::unsupported("echo", "the prompt's own probabilities are not computed"));
+        }
+        if self.logprobs.is_some_and(|top| top > LOGPROBS_MAX) {
+            return Err(BadRequest::value("logprobs", format!("has to be between 0 and {LOGPROBS_MAX}")));
+        }
+        let choices = self.best_of.unwrap_or(shared.n);
+        if !(shared.n..=CHOICES_MAX).contains(&choices) {
+            let what = format!("has to be between `n` and {CHOICES_MAX}");
+            return Err(BadRequest::value("best_of", what));
+        }
+        let ranked = choices > shared.n;
+        if ranked && shared.stream {
+            return Err(BadRequest::value(
+                "best_of",
+                "cannot go with `stream`: answers are ranked when they are whole",
+            ));
+        }
+        let prompts = self.prompt.ok_or_else(|| BadRequest::missing("prompt"))?.0;
+        if prompts.len() > PROMPTS_MAX {
+            let what = format!("has {} prompts; at most {PROMPTS_MAX} are possible", prompts.len());
+            return Err(BadRequest::value("prompt", what));
+        }
+        let tokens_max = tokens_max("max_tokens", self.max_tokens)?;
+        let ask = |(index, subject)| Ask {
             sampling: shared.sampling.clone(),
-            tokens_max: tokens_max("max_tokens", self.max_tokens)?,
+            tokens_max,
+            tokens_min: shared.tokens_min,
             ignore_eos: shared.ignore_eos,
             logprobs: self.logprobs,
+            ranked,
             stop: shared.stop.clone(),
-            ..Ask::new(id, subject)
+            grammar: shared.grammar.clone(),
+            choices,
+            echo,
+            ..Ask::new(if index == 0 { id.to_owned() } else { format!("{id}-p{index}") }, subject)
         };
-        Ok((shared, ask))
+        let asks = prompts.into_iter().enumerate().map(ask).collect();
+        Ok((shared.clone(), CompletionAsk { asks, n: shared.n }))
     }
 }

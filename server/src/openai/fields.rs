@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use mesh_core::Sampling;
+use mesh_core::{Dry, Grammar, Sampling, Xtc};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 
-use super::BadRequest;
+use super::{BadRequest, format};
 
 /// Most stop strings a request may have.
 pub const STOPS_MAX: usize = 4;
@@ -14,6 +14,20 @@ pub const STOPS_MAX: usize = 4;
 pub const STOP_BYTES_MAX: usize = 1024;
 /// Most entries of `logit_bias`.
 pub const LOGIT_BIAS_MAX: usize = 1024;
+/// Most answers to one prompt.
+pub const CHOICES_MAX: u32 = 8;
+/// Most `dry_sequence_breakers`.
+pub const BREAKERS_MAX: usize = 16;
+/// Longest of them, in bytes.
+pub const BREAKER_BYTES_MAX: usize = 64;
+/// What no repetition goes across if a request does not say.
+const BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
+/// What a further repeated token costs if a request does not say.
+const DRY_BASE: f32 = 1.75;
+/// How many tokens may be repeated if a request does not say.
+const DRY_ALLOWED_LENGTH: u32 = 2;
+/// From which probability on a token is a top choice, if a request does not say.
+const XTC_THRESHOLD: f32 = 0.1;
 
 /// `stream_options`.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -72,6 +86,19 @@ macro_rules! request {
             pub presence_penalty: Option<f32>,
             pub frequency_penalty: Option<f32>,
             pub repetition_penalty: Option<f32>,
+            /// llama.cpp's name of `repetition_penalty`.
+            pub repeat_penalty: Option<f32>,
+            pub typical_p: Option<f32>,
+            pub xtc_probability: Option<f32>,
+            pub xtc_threshold: Option<f32>,
+            pub dry_multiplier: Option<f32>,
+            pub dry_base: Option<f32>,
+            pub dry_allowed_length: Option<u32>,
+            pub dry_penalty_last_n: Option<i32>,
+            pub dry_sequence_breakers: Option<Vec<String>>,
+            pub min_tokens: Option<u32>,
+            pub response_format: Option<serde_json::Value>,
+            pub structured_outputs: Option<serde_json::Value>,
             pub logit_bias: Option<std::collections::BTreeMap<String, f32>>,
             pub ignore_eos: Option<bool>,
             /// Says who asks. Accepted and put to no use: it is neither logged nor kept.
@@ -95,6 +122,18 @@ macro_rules! request {
                     presence_penalty: self.presence_penalty,
                     frequency_penalty: self.frequency_penalty,
                     repetition_penalty: self.repetition_penalty,
+                    repeat_penalty: self.repeat_penalty,
+                    typical_p: self.typical_p,
+                    xtc_probability: self.xtc_probability,
+                    xtc_threshold: self.xtc_threshold,
+                    dry_multiplier: self.dry_multiplier,
+                    dry_base: self.dry_base,
+                    dry_allowed_length: self.dry_allowed_length,
+                    dry_penalty_last_n: self.dry_penalty_last_n,
+                    dry_sequence_breakers: self.dry_sequence_breakers.as_deref(),
+                    min_tokens: self.min_tokens,
+                    response_format: self.response_format.as_ref(),
+                    structured_outputs: self.structured_outputs.as_ref(),
                     logit_bias: self.logit_bias.as_ref(),
                     ignore_eos: self.ignore_eos,
                 }
@@ -121,6 +160,18 @@ pub struct Raw<'a> {
     pub presence_penalty: Option<f32>,
     pub frequency_penalty: Option<f32>,
     pub repetition_penalty: Option<f32>,
+    pub repeat_penalty: Option<f32>,
+    pub typical_p: Option<f32>,
+    pub xtc_probability: Option<f32>,
+    pub xtc_threshold: Option<f32>,
+    pub dry_multiplier: Option<f32>,
+    pub dry_base: Option<f32>,
+    pub dry_allowed_length: Option<u32>,
+    pub dry_penalty_last_n: Option<i32>,
+    pub dry_sequence_breakers: Option<&'a [String]>,
+    pub min_tokens: Option<u32>,
+    pub response_format: Option<&'a Value>,
+    pub structured_outputs: Option<&'a Value>,
     pub logit_bias: Option<&'a BTreeMap<String, f32>>,
     pub ignore_eos: Option<bool>,
 }
@@ -140,6 +191,12 @@ pub struct Shared {
     pub stop: Vec<String>,
     /// Go on past end-of-text tokens.
     pub ignore_eos: bool,
+    /// Answers to the prompt.
+    pub n: u32,
+    /// Tokens before which the answer does not end by itself.
+    pub tokens_min: Option<u32>,
+    /// What the answer has to be.
+    pub grammar: Option<Grammar>,
 }
 
 impl Raw<'_> {
@@ -150,23 +207,18 @@ impl Raw<'_> {
         if self.stream_options.is_some() && !stream {
             return Err(BadRequest::value("stream_options", "is only possible with `stream`: true"));
         }
-        match self.n {
-            None | Some(1) => {}
-            Some(0) => return Err(BadRequest::value("n", "has to be 1")),
-            Some(_) => return Err(BadRequest::unsupported("n", "send one request for each answer")),
+        let n = self.n.unwrap_or(1);
+        if !(1..=CHOICES_MAX).contains(&n) {
+            return Err(BadRequest::value("n", format!("is {n}; it has to be between 1 and {CHOICES_MAX}")));
         }
         within("temperature", self.temperature, 0.0, 2.0)?;
-        within("top_p", self.top_p, 0.0, 1.0)?;
-        if self.top_p == Some(0.0) {
-            return Err(BadRequest::value("top_p", "has to be above 0 and at most 1"));
-        }
+        above_zero("top_p", self.top_p, 1.0)?;
         within("min_p", self.min_p, 0.0, 1.0)?;
         within("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
         within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
-        within("repetition_penalty", self.repetition_penalty, 0.0, 10.0)?;
-        if self.repetition_penalty == Some(0.0) {
-            return Err(BadRequest::value("repetition_penalty", "has to be above 0 and at most 10"));
-        }
+        above_zero("typical_p", self.typical_p, 1.0)?;
+        let repetition_penalty = self.repetition_penalty()?;
+        let (xtc, dry) = (self.xtc()?, self.dry()?);
         Ok(Shared {
             model: model.to_owned(),
             stream,
@@ -176,16 +228,101 @@ impl Raw<'_> {
                 top_p: self.top_p,
                 top_k: self.top_k,
                 min_p: self.min_p,
+                typical_p: self.typical_p,
+                xtc,
+                dry,
                 seed: self.seed,
-                repetition_penalty: self.repetition_penalty,
+                repetition_penalty,
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
                 logit_bias: logit_bias(self.logit_bias)?,
-                ..Sampling::default()
             },
             stop: stops(self.stop)?,
             ignore_eos: self.ignore_eos.unwrap_or(false),
+            n,
+            tokens_min: self.min_tokens,
+            grammar: format::grammar(self.response_format, self.structured_outputs)?,
         })
+    }
+
+    fn repetition_penalty(&self) -> Result<Option<f32>, BadRequest> {
+        above_zero("repetition_penalty", self.repetition_penalty, 10.0)?;
+        above_zero("repeat_penalty", self.repeat_penalty, 10.0)?;
+        match (self.repetition_penalty, self.repeat_penalty) {
+            (Some(one), Some(other)) if one != other => {
+                Err(BadRequest::value("repeat_penalty", "contradicts `repetition_penalty`; give one of them"))
+            }
+            (one, other) => Ok(one.or(other)),
+        }
+    }
+
+    fn xtc(&self) -> Result<Option<Xtc>, BadRequest> {
+        within("xtc_probability", self.xtc_probability, 0.0, 1.0)?;
+        within("xtc_threshold", self.xtc_threshold, 0.0, 0.5)?;
+        match (self.xtc_probability, self.xtc_threshold) {
+            (None, Some(_)) => Err(BadRequest::value("xtc_threshold", "is only possible with `xtc_probability`")),
+            (None | Some(0.0), _) => Ok(None),
+            (Some(probability), threshold) => {
+                Ok(Some(Xtc { probability, threshold: threshold.unwrap_or(XTC_THRESHOLD) }))
+            }
+        }
+    }
+
+    fn dry(&self) -> Result<Option<Dry>, BadRequest> {
+        within("dry_multiplier", self.dry_multiplier, 0.0, 100.0)?;
+        within("dry_base", self.dry_base, 1.0, 100.0)?;
+        let breakers = self.dry_sequence_breakers;
+        if breakers.is_some_and(|breakers| breakers.len() > BREAKERS_MAX) {
+            let what = format!("has more than {BREAKERS_MAX} strings");
+            return Err(BadRequest::value("dry_sequence_breakers", what));
+        }
+        for (index, breaker) in breakers.into_iter().flatten().enumerate() {
+            if breaker.is_empty() || breaker.len() > BREAKER_BYTES_MAX {
+                let what = format!("has {} bytes; it has to have between 1 and {BREAKER_BYTES_MAX}", breaker.len());
+                return Err(BadRequest::value(format!("dry_sequence_breakers[{index}]"), what));
+            }
+        }
+        // As in llama.cpp: -1 stands for the whole context, 0 switches it off.
+        let last_n = match self.dry_penalty_last_n {
+            None | Some(-1) => None,
+            Some(last) => Some(u32::try_from(last).map_err(|_| {
+                BadRequest::value("dry_penalty_last_n", "has to be 0 or more tokens, or -1 for all of them")
+            })?),
+        };
+        let Some(multiplier) = self.dry_multiplier else {
+            let others = [
+                ("dry_base", self.dry_base.is_some()),
+                ("dry_allowed_length", self.dry_allowed_length.is_some()),
+                ("dry_penalty_last_n", self.dry_penalty_last_n.is_some()),
+                ("dry_sequence_breakers", breakers.is_some()),
+            ];
+            return match others.into_iter().find(|(_, given)| *given) {
+                Some((param, _)) => Err(BadRequest::value(param, "is only possible with `dry_multiplier`")),
+                None => Ok(None),
+            };
+        };
+        if multiplier == 0.0 || last_n == Some(0) {
+            return Ok(None);
+        }
+        Ok(Some(Dry {
+            multiplier,
+            base: self.dry_base.unwrap_or(DRY_BASE),
+            allowed_length: self.dry_allowed_length.unwrap_or(DRY_ALLOWED_LENGTH),
+            last_n,
+            sequence_breakers: breakers
+                .map_or_else(|| BREAKERS.map(str::to_owned).to_vec(), |breakers| breakers.to_vec()),
+            // Whoever has the tokenizer finds them.
+            breaker_ids: Vec::new(),
+        }))
+    }
+}
+
+fn above_zero(param: &str, value: Option<f32>, high: f32) -> Result<(), BadRequest> {
+    match value {
+        Some(value) if !(value > 0.0 && value <= high) => {
+            Err(BadRequest::value(param, format!("has to be above 0 and at most {high}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -17,12 +17,16 @@ pub struct WireMessage {
     pub content: Option<Content>,
     pub name: Option<String>,
     pub reasoning_content: Option<String>,
+    /// Another name of `reasoning_content`.
+    pub reasoning: Option<String>,
     pub tool_calls: Option<Vec<WireCall>>,
     pub tool_call_id: Option<String>,
     pub refusal: Option<String>,
     pub annotations: Option<Vec<Value>>,
     pub audio: Option<Value>,
     pub function_call: Option<Value>,
+    /// What was said of an earlier answer. Clients hand it back with the message.
+    pub warnings: Option<Vec<Value>>,
 }
 
 /// Text, or parts that are text.
@@ -133,13 +137,20 @@ fn message(path: &str, wire: WireMessage) -> Result<Message, BadRequest> {
     if content.is_none() && calls.is_empty() {
         return Err(BadRequest::missing(format!("{path}.content")));
     }
+    let reasoning_content = match (wire.reasoning_content, wire.reasoning) {
+        (Some(one), Some(other)) if one != other => {
+            let what = "contradicts `reasoning_content`; give one of them";
+            return Err(BadRequest::value(format!("{path}.reasoning"), what));
+        }
+        (one, other) => one.or(other),
+    };
     let tool_calls =
         calls.into_iter().enumerate().map(|(index, wire)| call(&format!("{path}.tool_calls[{index}]"), wire));
     Ok(Message {
         role,
         content,
         name: wire.name,
-        reasoning_content: wire.reasoning_content,
+        reasoning_content,
         tool_calls: tool_calls.collect::<Result<_, _>>()?,
         tool_call_id: wire.tool_call_id,
     })

@@ -4,13 +4,17 @@
 //!
 //! - [`bad_request`]: what can be wrong with a request, and the reading of JSON.
 //! - [`fields`]: parameters that chat and text completions share.
+//! - [`format`]: what an answer has to be.
 //! - [`chat`], [`completion`]: the two requests.
+//! - [`logprobs`]: how likely tokens were, in both forms.
 //! - [`response`]: answers, chunks, models, errors.
 
 pub mod bad_request;
 pub mod chat;
 pub mod completion;
 pub mod fields;
+pub mod format;
+pub mod logprobs;
 pub mod message;
 pub mod response;
 

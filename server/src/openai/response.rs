@@ -4,7 +4,11 @@ use mesh_core::{FinishReason, Usage};
 use mesh_text::{Answer, Delta};
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::{Finish, Finished};
+use super::logprobs::{ChatLogprobs, TextLogprobs};
+use crate::{
+    defaults::ReasoningField,
+    pipeline::{Finish, Finished, TokenText},
+};
 
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +38,8 @@ pub struct WireUsage {
     pub completion_tokens: u32,
     pub total_tokens: u32,
     pub prompt_tokens_details: PromptTokensDetails,
+    #[serde(default)]
+    pub completion_tokens_details: CompletionTokensDetails,
 }
 
 /// `usage.prompt_tokens_details`.
@@ -43,13 +49,55 @@ pub struct PromptTokensDetails {
     pub cached_tokens: u32,
 }
 
+/// `usage.completion_tokens_details`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct CompletionTokensDetails {
+    pub reasoning_tokens: u32,
+}
+
 impl From<Usage> for WireUsage {
     fn from(usage: Usage) -> Self {
         Self {
+            completion_tokens_details: CompletionTokensDetails::default(),
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
             prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
+        }
+    }
+}
+
+impl WireUsage {
+    /// Of several answers. A prompt that has several, `choices` of them, counts once.
+    pub fn of<'a>(finished: impl IntoIterator<Item = &'a Finished>, choices: usize) -> Self {
+        let (mut sum, mut reasoning_tokens) = (Usage::default(), 0u32);
+        for (index, finished) in finished.into_iter().enumerate() {
+            if index % choices.max(1) == 0 {
+                sum.prompt_tokens = sum.prompt_tokens.saturating_add(finished.usage.prompt_tokens);
+                sum.cached_tokens = sum.cached_tokens.saturating_add(finished.usage.cached_tokens);
+            }
+            sum.completion_tokens = sum.completion_tokens.saturating_add(finished.usage.completion_tokens);
+            reasoning_tokens = reasoning_tokens.saturating_add(finished.reasoning_tokens);
+        }
+        Self { completion_tokens_details: CompletionTokensDetails { reasoning_tokens }, ..sum.into() }
+    }
+}
+
+/// Something about an answer that its reader should know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Warning {
+    /// A word for programs.
+    pub code: String,
+    /// For people.
+    pub message: String,
+}
+
+impl Warning {
+    fn malformed_call() -> Self {
+        Self {
+            code: "malformed_tool_call".into(),
+            message: "the model wrote a tool call that does not parse; it is part of the content".into(),
         }
     }
 }
@@ -63,6 +111,21 @@ pub struct Envelope {
     pub created: u64,
     /// The model's served name.
     pub model: String,
+    /// Where reasoning is.
+    pub reasoning_field: ReasoningField,
+    /// Answers to each prompt.
+    pub choices: usize,
+}
+
+impl Envelope {
+    /// The two fields for reasoning, of which one or both hold it.
+    fn reasoning(&self, text: String) -> (Option<String>, Option<String>) {
+        match self.reasoning_field {
+            ReasoningField::ReasoningContent => (Some(text), None),
+            ReasoningField::Reasoning => (None, Some(text)),
+            ReasoningField::Both => (Some(text.clone()), Some(text)),
+        }
+    }
 }
 
 /// A tool call in an answer or a chunk.
@@ -88,9 +151,9 @@ pub struct AnswerFunction {
 }
 
 /// The id of an answer's tool call. Derived, so that streamed and blocking answers to one request agree.
-fn call_id(envelope: &Envelope, index: usize) -> String {
+fn call_id(envelope: &Envelope, choice: u32, index: usize) -> String {
     let id = envelope.id.rsplit('-').next().unwrap_or_default();
-    format!("call_{id}_{index}")
+    if choice == 0 { format!("call_{id}_{index}") } else { format!("call_{id}_{choice}_{index}") }
 }
 
 /// `chat.completion`.
@@ -101,17 +164,17 @@ pub struct ChatCompletion {
     pub object: &'static str,
     pub created: u64,
     pub model: String,
-    pub choices: [ChatChoice; 1],
+    pub choices: Vec<ChatChoice>,
     pub usage: WireUsage,
 }
 
-/// The one choice of a chat completion.
+/// One choice of a chat completion.
 #[derive(Clone, Debug, Serialize)]
 #[allow(missing_docs)]
 pub struct ChatChoice {
     pub index: u32,
     pub message: AnswerMessage,
-    pub logprobs: Option<()>,
+    pub logprobs: Option<ChatLogprobs>,
     pub finish_reason: WireFinish,
 }
 
@@ -124,40 +187,53 @@ pub struct AnswerMessage {
     pub content: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<AnswerCall>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Warning>,
 }
 
 impl ChatCompletion {
-    /// A whole answer.
-    pub fn new(envelope: Envelope, answer: Answer, finished: &Finished) -> Self {
-        let tool_calls: Vec<_> = answer
-            .tool_calls
-            .into_iter()
-            .enumerate()
-            .map(|(index, call)| AnswerCall {
-                index: None,
-                id: call_id(&envelope, index),
-                kind: "function".into(),
-                function: AnswerFunction { name: call.name, arguments: call.arguments },
-            })
-            .collect();
-        let content = (!answer.content.is_empty() || tool_calls.is_empty()).then_some(answer.content);
-        let message = AnswerMessage {
-            role: "assistant",
-            content,
-            reasoning_content: (!answer.reasoning.is_empty()).then_some(answer.reasoning),
-            tool_calls,
-        };
-        let choice = ChatChoice { index: 0, message, logprobs: None, finish_reason: finished.finish.into() };
+    /// Whole answers. `logprobs`: with what their tokens were.
+    pub fn new(envelope: Envelope, answers: Vec<(Answer, Finished)>, logprobs: bool) -> Self {
+        let usage = WireUsage::of(answers.iter().map(|(_, finished)| finished), envelope.choices);
+        let choices = (0..).zip(answers).map(|(index, (answer, finished))| ChatChoice {
+            index,
+            logprobs: logprobs.then(|| ChatLogprobs::of(&finished.tokens)),
+            finish_reason: finished.finish.into(),
+            message: message(&envelope, index, answer, finished.malformed_calls),
+        });
+        let choices = choices.collect();
         Self {
             id: envelope.id,
             object: "chat.completion",
             created: envelope.created,
             model: envelope.model,
-            choices: [choice],
-            usage: finished.usage.into(),
+            choices,
+            usage,
         }
+    }
+}
+
+fn message(envelope: &Envelope, choice: u32, answer: Answer, malformed_calls: u32) -> AnswerMessage {
+    let calls = answer.tool_calls.into_iter().enumerate().map(|(index, call)| AnswerCall {
+        index: None,
+        id: call_id(envelope, choice, index),
+        kind: "function".into(),
+        function: AnswerFunction { name: call.name, arguments: call.arguments },
+    });
+    let tool_calls: Vec<_> = calls.collect();
+    let (reasoning_content, reasoning) =
+        if answer.reasoning.is_empty() { (None, None) } else { envelope.reasoning(answer.reasoning) };
+    AnswerMessage {
+        role: "assistant",
+        content: (!answer.content.is_empty() || tool_calls.is_empty()).then_some(answer.content),
+        reasoning_content,
+        reasoning,
+        tool_calls,
+        warnings: (0..malformed_calls).map(|_| Warning::malformed_call()).collect(),
     }
 }
 
@@ -174,14 +250,14 @@ pub struct ChatChunk {
     pub usage: Option<WireUsage>,
 }
 
-/// The one choice of a chunk.
+/// One choice of a chunk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct ChunkChoice {
     pub index: u32,
     pub delta: ChunkDelta,
     #[serde(default)]
-    pub logprobs: Option<()>,
+    pub logprobs: Option<ChatLogprobs>,
     pub finish_reason: Option<WireFinish>,
 }
 
@@ -195,8 +271,12 @@ pub struct ChunkDelta {
     pub content: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<AnswerCall>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Warning>,
 }
 
 impl ChatChunk {
@@ -211,46 +291,53 @@ impl ChatChunk {
         }
     }
 
-    fn with(envelope: &Envelope, delta: ChunkDelta, finish: Option<WireFinish>) -> Self {
-        let choice = ChunkChoice { index: 0, delta, logprobs: None, finish_reason: finish };
+    fn with(envelope: &Envelope, choice: ChunkChoice) -> Self {
         Self::new(envelope, vec![choice], None)
     }
 
-    /// The first chunk, which names the role.
-    pub fn role(envelope: &Envelope) -> Self {
+    /// The first chunk of a choice, which names the role.
+    pub fn role(envelope: &Envelope, index: u32) -> Self {
         let delta =
             ChunkDelta { role: Some("assistant".into()), content: Some(String::new()), ..ChunkDelta::default() };
-        Self::with(envelope, delta, None)
+        Self::with(envelope, ChunkChoice { index, delta, logprobs: None, finish_reason: None })
     }
 
-    /// A piece of the answer.
-    pub fn delta(envelope: &Envelope, delta: Delta) -> Self {
+    /// A piece of an answer, and what its tokens were where that was asked for.
+    pub fn delta(envelope: &Envelope, index: u32, delta: Delta, tokens: &[TokenText]) -> Self {
+        let none = ChunkDelta::default();
         let delta = match delta {
-            Delta::Content(text) | Delta::Malformed { text } => {
-                ChunkDelta { content: Some(text), ..ChunkDelta::default() }
+            Delta::Content(text) => ChunkDelta { content: Some(text), ..none },
+            Delta::Malformed { text } => {
+                ChunkDelta { content: Some(text), warnings: vec![Warning::malformed_call()], ..none }
             }
-            Delta::Reasoning(text) => ChunkDelta { reasoning_content: Some(text), ..ChunkDelta::default() },
-            Delta::ToolCall { index, name, arguments } => ChunkDelta {
+            Delta::Reasoning(text) => {
+                let (reasoning_content, reasoning) = envelope.reasoning(text);
+                ChunkDelta { reasoning_content, reasoning, ..none }
+            }
+            Delta::ToolCall { index: call, name, arguments } => ChunkDelta {
                 tool_calls: vec![AnswerCall {
-                    index: Some(index),
-                    id: call_id(envelope, index as usize),
+                    index: Some(call),
+                    id: call_id(envelope, index, call as usize),
                     kind: "function".into(),
                     function: AnswerFunction { name, arguments },
                 }],
-                ..ChunkDelta::default()
+                ..none
             },
         };
-        Self::with(envelope, delta, None)
+        let logprobs = (!tokens.is_empty()).then(|| ChatLogprobs::of(tokens));
+        Self::with(envelope, ChunkChoice { index, delta, logprobs, finish_reason: None })
     }
 
-    /// The last chunk of the answer.
-    pub fn finish(envelope: &Envelope, finished: &Finished) -> Self {
-        Self::with(envelope, ChunkDelta::default(), Some(finished.finish.into()))
+    /// The last chunk of an answer.
+    pub fn finish(envelope: &Envelope, index: u32, finished: &Finished) -> Self {
+        let logprobs = (!finished.tokens.is_empty()).then(|| ChatLogprobs::of(&finished.tokens));
+        let finish_reason = Some(finished.finish.into());
+        Self::with(envelope, ChunkChoice { index, delta: ChunkDelta::default(), logprobs, finish_reason })
     }
 
-    /// The chunk after the last one, with the usage.
-    pub fn usage(envelope: &Envelope, finished: &Finished) -> Self {
-        Self::new(envelope, Vec::new(), Some(finished.usage.into()))
+    /// The chunk after the last one, with the usage of all answers.
+    pub fn usage(envelope: &Envelope, usage: WireUsage) -> Self {
+        Self::new(envelope, Vec::new(), Some(usage))
     }
 }
 
@@ -267,13 +354,13 @@ pub struct TextCompletion {
     pub usage: Option<WireUsage>,
 }
 
-/// The one choice of a text completion.
+/// One choice of a text completion.
 #[derive(Clone, Debug, Serialize)]
 #[allow(missing_docs)]
 pub struct TextChoice {
     pub index: u32,
     pub text: String,
-    pub logprobs: Option<()>,
+    pub logprobs: Option<TextLogprobs>,
     pub finish_reason: Option<WireFinish>,
 }
 
@@ -289,28 +376,33 @@ impl TextCompletion {
         }
     }
 
-    fn with(envelope: &Envelope, text: String, finish: Option<WireFinish>, usage: Option<WireUsage>) -> Self {
-        Self::new(envelope, vec![TextChoice { index: 0, text, logprobs: None, finish_reason: finish }], usage)
+    /// Whole answers, of which `usage` counts those as well that were left out. `logprobs`: with what their tokens were.
+    pub fn whole(envelope: &Envelope, answers: Vec<(Answer, Finished)>, usage: WireUsage, logprobs: bool) -> Self {
+        let choices = (0..).zip(answers).map(|(index, (answer, finished))| TextChoice {
+            index,
+            text: answer.content,
+            logprobs: logprobs.then(|| TextLogprobs::of(&finished.tokens)),
+            finish_reason: Some(finished.finish.into()),
+        });
+        Self::new(envelope, choices.collect(), Some(usage))
     }
 
-    /// A whole answer.
-    pub fn whole(envelope: &Envelope, text: String, finished: &Finished) -> Self {
-        Self::with(envelope, text, Some(finished.finish.into()), Some(finished.usage.into()))
+    /// A piece of an answer, and what its tokens were where that was asked for.
+    pub fn delta(envelope: &Envelope, index: u32, text: String, tokens: &[TokenText]) -> Self {
+        let logprobs = (!tokens.is_empty()).then(|| TextLogprobs::of(tokens));
+        Self::new(envelope, vec![TextChoice { index, text, logprobs, finish_reason: None }], None)
     }
 
-    /// A piece of the answer.
-    pub fn delta(envelope: &Envelope, text: String) -> Self {
-        Self::with(envelope, text, None, None)
+    /// The last chunk of an answer.
+    pub fn finish(envelope: &Envelope, index: u32, finished: &Finished) -> Self {
+        let logprobs = (!finished.tokens.is_empty()).then(|| TextLogprobs::of(&finished.tokens));
+        let finish_reason = Some(finished.finish.into());
+        Self::new(envelope, vec![TextChoice { index, text: String::new(), logprobs, finish_reason }], None)
     }
 
-    /// The last chunk of the answer.
-    pub fn finish(envelope: &Envelope, finished: &Finished) -> Self {
-        Self::with(envelope, String::new(), Some(finished.finish.into()), None)
-    }
-
-    /// The chunk after the last one, with the usage.
-    pub fn usage(envelope: &Envelope, finished: &Finished) -> Self {
-        Self::new(envelope, Vec::new(), Some(finished.usage.into()))
+    /// The chunk after the last one, with the usage of all answers.
+    pub fn usage(envelope: &Envelope, usage: WireUsage) -> Self {
+        Self::new(envelope, Vec::new(), Some(usage))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -12,9 +13,10 @@ use mesh_text::{Answer, Delta, DialectParser, StopFilter, StreamDecoder, assembl
 
 use super::{
     hand_over::{HandOver, InLine},
+    ledger::{Ledger, TokenText},
     prompt::Reader,
 };
-use crate::{lease::Lease, metrics::Watch};
+use crate::{lease::Lease, metrics::Watch, served::ServedModel};
 
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,14 @@ pub struct Finished {
     pub usage: Usage,
     /// How long, where the engine came to say it.
     pub timings: Option<Timings>,
+    /// Of the tokens generated, how many were reasoning.
+    pub reasoning_tokens: u32,
+    /// Tool calls that do not parse; they are part of the content.
+    pub malformed_calls: u32,
+    /// The tokens that no earlier part reported. [`collect`] has all of them here.
+    pub tokens: Vec<TokenText>,
+    /// The mean of the tokens' log-probabilities, where the engine reported them.
+    pub logprob_mean: Option<f32>,
 }
 
 /// What an answer's stream yields. It ends with exactly one [`Part::Finished`] or one error.
@@ -53,6 +63,8 @@ pub enum Part {
         /// Tokens in the prompt.
         total: u32,
     },
+    /// The tokens of the piece that follows, where probabilities are reported.
+    Tokens(Vec<TokenText>),
     /// A piece of the answer.
     Delta(Delta),
     /// The end.
@@ -68,40 +80,62 @@ pub struct AnswerStream {
     parser: Option<Box<dyn DialectParser>>,
     ready: VecDeque<Part>,
     usage: Usage,
-    called_tools: bool,
     watch: Watch,
+    ledger: Ledger,
+    calls: u32,
+    calls_max: Option<u32>,
+    malformed_calls: u32,
     /// As long as nothing was computed.
     hand_over: Option<HandOver>,
     /// The way to the next engine.
     moving: Option<BoxFuture<'static, Result<AnswerStream, EngineError>>>,
     /// Given up last: nobody stops the engine before.
-    model: Lease,
+    model: Arc<Lease>,
+}
+
+/// How an answer is read.
+pub(crate) struct Reading {
+    /// Strings that end it.
+    pub stop: Vec<String>,
+    /// Absent for text completions.
+    pub reader: Option<Reader>,
+    /// Tokens of the prompt, where they are known beforehand.
+    pub prompt_tokens: Option<u32>,
+    /// What is put in front of it.
+    pub echo: Option<String>,
+    /// Report its tokens.
+    pub logprobs: bool,
 }
 
 impl AnswerStream {
-    /// An answer made of `events`. `prompt_tokens` where they are known beforehand.
-    pub(crate) fn new(
-        model: Lease,
-        events: EventStream,
-        stop: Vec<String>,
-        reader: Option<Reader>,
-        prompt_tokens: Option<u32>,
-    ) -> Self {
+    /// An answer made of `events`.
+    pub(crate) fn new(model: Arc<Lease>, events: EventStream, reading: Reading) -> Self {
+        let Reading { stop, reader, prompt_tokens, echo, logprobs } = reading;
         // A text completion continues its prompt, down to the space between them.
         let (markers, continues) = reader.as_ref().map_or((&[][..], true), |reader| (reader.markers, false));
+        let chars = echo.as_ref().map_or(0, |echo| echo.chars().count());
+        let echo = echo.filter(|echo| !echo.is_empty()).map(|echo| Part::Delta(Delta::Content(echo)));
         Self {
             events: Some(events),
             decoder: model.decoder(markers, continues),
             stop: StopFilter::new(stop),
+            calls_max: reader.as_ref().and_then(|reader| reader.calls_max),
             parser: reader.map(|reader| reader.parser),
-            ready: VecDeque::new(),
+            ready: echo.into_iter().collect(),
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
-            called_tools: false,
             watch: Watch::begin(&model),
+            ledger: Ledger::new(logprobs, chars),
+            calls: 0,
+            malformed_calls: 0,
             hand_over: None,
             moving: None,
             model,
         }
+    }
+
+    /// Who answers.
+    pub fn model(&self) -> &Arc<ServedModel> {
+        &self.model
     }
 
     /// The same, and should the engine end before the request's turn, the next one is handed it.
@@ -121,23 +155,28 @@ impl AnswerStream {
                 (self.usage.prompt_tokens, self.usage.cached_tokens) = (total, cached);
                 self.ready.push_back(Part::Prefill { done, total });
             }
-            Event::Token { id, .. } => {
+            Event::Token { id, logprob } => {
                 self.usage.completion_tokens += 1;
                 let text = self.decoder.as_mut().map(|decoder| decoder.push(id)).unwrap_or_default();
+                let logprobs = logprob.map(|logprob| *logprob).into_iter().collect();
+                self.ledger.came(1, &text, logprobs, self.model.tokenizer.as_ref());
                 self.text(&text);
             }
-            Event::Text { text, tokens, .. } => {
+            Event::Text { text, tokens, logprobs } => {
                 self.usage.completion_tokens += tokens;
+                self.ledger.came(tokens, &text, logprobs, self.model.tokenizer.as_ref());
                 self.text(&text);
             }
             Event::Finished { reason, usage, timings } => {
                 self.usage = usage;
                 let held = self.decoder.as_mut().map(StreamDecoder::finish).unwrap_or_default();
+                self.ledger.came(0, &held, Vec::new(), None);
                 self.text(&held);
                 if self.events.take().is_none() {
-                    return; // the held text completed a stop string
+                    return; // the held text completed a stop string, or a last call
                 }
                 let held = self.stop.finish();
+                self.ledger.end();
                 self.parse(&held);
                 self.finish(Finish::Engine(reason), Some(timings));
             }
@@ -149,12 +188,21 @@ impl AnswerStream {
             return;
         }
         let output = self.stop.push(text);
-        self.parse(&output.text);
+        self.ledger.passed(output.text.len());
         if output.stopped.is_some() {
+            self.ledger.stopped();
+        }
+        self.parse(&output.text);
+        if output.stopped.is_some() || self.called_enough() {
             // Nobody will read on: dropping the events is what cancels the job.
             self.events = None;
             self.finish(Finish::StopString, None);
         }
+    }
+
+    /// Whether an answer that may hold so many calls holds them.
+    fn called_enough(&self) -> bool {
+        self.calls_max.is_some_and(|max| self.calls >= max)
     }
 
     fn parse(&mut self, text: &str) {
@@ -171,10 +219,20 @@ impl AnswerStream {
 
     fn deltas(&mut self, deltas: Vec<Delta>) {
         for delta in deltas {
+            if self.called_enough() {
+                return;
+            }
             match &delta {
-                Delta::ToolCall { .. } => self.called_tools = true,
-                Delta::Malformed { .. } => tracing::warn!("the model wrote a tool call that does not parse"),
+                Delta::ToolCall { .. } => self.calls += 1,
+                Delta::Malformed { .. } => {
+                    self.malformed_calls += 1;
+                    tracing::warn!("the model wrote a tool call that does not parse");
+                }
                 Delta::Content(_) | Delta::Reasoning(_) => {}
+            }
+            let tokens = self.ledger.made(&delta);
+            if !tokens.is_empty() {
+                self.ready.push_back(Part::Tokens(tokens));
             }
             self.ready.push_back(Part::Delta(delta));
         }
@@ -187,10 +245,19 @@ impl AnswerStream {
         let finish = match finish {
             // An answer that was cut short says so, whatever it called before.
             Finish::Engine(FinishReason::Length) => finish,
-            _ if self.called_tools => Finish::ToolCalls,
+            _ if self.calls > 0 => Finish::ToolCalls,
             _ => finish,
         };
-        let finished = Finished { finish, usage: self.usage, timings };
+        let tokens = self.ledger.rest();
+        let finished = Finished {
+            finish,
+            usage: self.usage,
+            timings,
+            reasoning_tokens: self.ledger.reasoning_tokens,
+            malformed_calls: self.malformed_calls,
+            tokens,
+            logprob_mean: self.ledger.logprob_mean(),
+        };
         self.watch.finished(&finished);
         self.ready.push_back(Part::Finished(finished));
     }
@@ -211,6 +278,8 @@ impl Stream for AnswerStream {
                     Ok(next) => {
                         self.watch.handed_on();
                         *self = next;
+                        // The prompt that may stand in front was given already.
+                        self.ready.clear();
                     }
                     Err(error) => {
                         self.watch.broke();
@@ -225,7 +294,7 @@ impl Stream for AnswerStream {
                 Some(Err(error)) => {
                     self.events = None;
                     if let (EngineError::NotBegun { .. }, Some(hand_over)) = (&error, self.hand_over.take()) {
-                        self.moving = Some(hand_over(self.model.clone()));
+                        self.moving = Some(hand_over(self.model().clone()));
                         continue;
                     }
                     self.watch.broke();
@@ -244,12 +313,16 @@ impl Stream for AnswerStream {
 
 /// Puts the whole answer together: the same deltas, folded.
 pub async fn collect(mut parts: AnswerStream) -> Result<(Answer, Finished), EngineError> {
-    let mut deltas = Vec::new();
+    let (mut deltas, mut reported) = (Vec::new(), Vec::new());
     while let Some(part) = parts.next().await {
         match part? {
             Part::Queued { .. } | Part::Prefill { .. } => {}
+            Part::Tokens(tokens) => reported.extend(tokens),
             Part::Delta(delta) => deltas.push(delta),
-            Part::Finished(finished) => return Ok((assemble(deltas), finished)),
+            Part::Finished(finished) => {
+                reported.extend(finished.tokens);
+                return Ok((assemble(deltas), Finished { tokens: reported, ..finished }));
+            }
         }
     }
     Err(EngineError::Stopped)

@@ -1,7 +1,7 @@
 //! Why a request could not be handed to a model.
 
 use mesh_core::{Hint, SubmitError, TemplateError};
-use mesh_text::TokenizerError;
+use mesh_text::{ConstraintError, TokenizerError};
 
 /// A request that was not admitted.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +29,20 @@ pub enum PipelineError {
         /// What the model has instead.
         why: String,
     },
+    /// The answer cannot be held to what is asked of it.
+    #[error("{error}")]
+    Constraint {
+        /// The request's field.
+        field: &'static str,
+        /// Why.
+        error: ConstraintError,
+    },
+    /// Calls that the model may make or not cannot be held to their functions.
+    #[error("`strict` functions are only supported here where `tool_choice` forces a call")]
+    NoStrict,
+    /// A prompt of tokens cannot be put in front of its answer.
+    #[error("`echo` of a prompt of tokens is not supported by this model's backend")]
+    NoEcho,
     /// The engine did not admit it.
     #[error(transparent)]
     Submit(#[from] SubmitError),
@@ -44,6 +58,11 @@ impl Hint for PipelineError {
             Self::NoTokenizer => Some("download tokenizer.json into the model's directory and start again".into()),
             Self::NoTools { .. } => Some("leave `tools` out, or serve a model that was trained to call tools".into()),
             Self::NoSwitch { field, .. } => Some(format!("leave `{field}` out")),
+            Self::Constraint { .. } => None,
+            Self::NoStrict => {
+                Some("leave `strict` out, or set `tool_choice` to `required` or a function's name".into())
+            }
+            Self::NoEcho => Some("send the prompt as text".into()),
             Self::Submit(SubmitError::TooLong { .. }) => {
                 Some("shorten the conversation, or start the server with a longer --ctx if the model allows it".into())
             }

@@ -4,17 +4,25 @@
 //! Knows neither HTTP nor JSON of any API.
 
 pub mod answer;
+pub mod choices;
+mod constraint;
 pub mod error;
+mod forced;
 mod hand_over;
 mod landmarks;
+pub mod ledger;
 pub mod prompt;
+
+use std::sync::Arc;
 
 use mesh_core::{Grammar, Job, Knob, Sampling, chat::Message};
 use serde_json::{Map, Value};
 
 pub use answer::{AnswerStream, Finish, Finished, Part, collect};
+pub use choices::{Choices, likeliest};
 pub use error::PipelineError;
 pub use hand_over::InLine;
+pub use ledger::{Likely, TokenText};
 
 use crate::{lease::Lease, served::ServedModel};
 
@@ -39,6 +47,12 @@ pub struct Ask {
     pub stop: Vec<String>,
     /// What the answer has to be.
     pub grammar: Option<Grammar>,
+    /// Answers to write.
+    pub choices: u32,
+    /// Find out how likely each answer is, whether its tokens' probabilities are reported or not.
+    pub ranked: bool,
+    /// Put the prompt in front of the answer.
+    pub echo: bool,
 }
 
 impl Ask {
@@ -54,7 +68,20 @@ impl Ask {
             logprobs: None,
             stop: Vec::new(),
             grammar: None,
+            choices: 1,
+            ranked: false,
+            echo: false,
         }
+    }
+
+    /// The request for one of its answers, as it would be if it stood alone.
+    pub(crate) fn choice(&self, index: u32) -> Self {
+        let mut one = Self { choices: 1, ..self.clone() };
+        if index > 0 {
+            one.id = format!("{}-{index}", self.id);
+            one.sampling.seed = self.sampling.seed.map(|seed| seed.wrapping_add(index.into()));
+        }
+        one
     }
 }
 
@@ -76,10 +103,28 @@ pub struct Chat {
     pub messages: Vec<Message>,
     /// Tools the model may call, as JSON schemas for the template.
     pub tools: Vec<Value>,
+    /// Which of them it has to call.
+    pub tool_choice: ToolChoice,
+    /// The answer ends with its first call.
+    pub single_call: bool,
     /// Further template variables.
     pub kwargs: Map<String, Value>,
     /// How much reasoning is asked for, if the request says.
     pub effort: Option<Effort>,
+    /// Most tokens of reasoning.
+    pub thinking_tokens_max: Option<u32>,
+}
+
+/// Whether tools have to be called.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// The model decides.
+    #[default]
+    Auto,
+    /// One of them.
+    Required,
+    /// This one.
+    Named(String),
 }
 
 /// How much reasoning is asked for.
@@ -94,25 +139,80 @@ pub enum Effort {
 /// Hands a request to the model and returns its answer as a stream, which keeps the lease. Dropping the stream cancels
 /// the request.
 pub async fn open(model: Lease, ask: Ask) -> Result<AnswerStream, PipelineError> {
-    let mut job = Job {
-        sampling: ask.sampling,
-        tokens_max: ask.tokens_max,
-        tokens_min: ask.tokens_min,
-        ignore_eos: ask.ignore_eos,
-        logprobs: ask.logprobs,
-        ..Job::new(ask.id, mesh_core::Prompt::Tokens(Vec::new()))
-    };
-    settle_knobs(&model, &mut job)?;
-    let prepared = prompt::prepare(&model, ask.subject).await?;
-    job.prompt = prepared.prompt;
-    job.landmarks = prepared.landmarks;
-    let prompt_tokens = match &job.prompt {
-        mesh_core::Prompt::Tokens(ids) => u32::try_from(ids.len()).ok(),
-        mesh_core::Prompt::Text { .. } => None,
-    };
-    tracing::debug!(job = %job.id, prompt_tokens, tokens_max = job.tokens_max, "submitting");
-    let events = model.handle.submit(job).await?;
-    Ok(AnswerStream::new(model, events, ask.stop, prepared.reader, prompt_tokens))
+    let mut answers = open_all(model, vec![Ask { choices: 1, ..ask }]).await?;
+    // One was asked for, and none is left out.
+    answers.pop().ok_or(PipelineError::Panicked)
+}
+
+/// The same for several answers: those to the first request, then those to the next one. All are admitted, or none is.
+pub async fn open_all(model: Lease, asks: Vec<Ask>) -> Result<Vec<AnswerStream>, PipelineError> {
+    let model = Arc::new(model);
+    let mut answers = Vec::new();
+    for ask in asks {
+        let (seed, id) = (ask.sampling.seed, ask.id.clone());
+        if ask.ranked && ask.logprobs.is_none() && !model.handle.capabilities().knobs.contains(&Knob::Logprobs) {
+            let why = "is served by a backend that does not say how likely tokens are".into();
+            return Err(PipelineError::NoSwitch { field: "best_of", why });
+        }
+        let mut job = Job {
+            sampling: with_defaults(ask.sampling, model.defaults()),
+            tokens_max: ask.tokens_max,
+            tokens_min: ask.tokens_min,
+            ignore_eos: ask.ignore_eos,
+            logprobs: ask.logprobs.or(ask.ranked.then_some(0)),
+            ..Job::new(id.clone(), mesh_core::Prompt::Tokens(Vec::new()))
+        };
+        let wish = constraint::Wish { grammar: ask.grammar, breakers: breakers(&job.sampling) };
+        settle_knobs(&model, &mut job)?;
+        let prepared = prompt::prepare(&model, ask.subject, wish, ask.echo).await?;
+        job.prompt = prepared.prompt;
+        job.landmarks = prepared.landmarks;
+        job.constraint = prepared.constraint;
+        if let Some(dry) = &mut job.sampling.dry {
+            dry.breaker_ids = prepared.breaker_ids;
+        }
+        settle_knobs(&model, &mut job)?;
+        let prompt_tokens = match &job.prompt {
+            mesh_core::Prompt::Tokens(ids) => u32::try_from(ids.len()).ok(),
+            mesh_core::Prompt::Text { .. } => None,
+        };
+        for choice in 0..ask.choices {
+            let mut job = job.clone();
+            if choice > 0 {
+                job.id = format!("{id}-{choice}");
+                job.sampling.seed = seed.map(|seed| seed.wrapping_add(choice.into()));
+            }
+            tracing::debug!(job = %job.id, prompt_tokens, tokens_max = job.tokens_max, "submitting");
+            let reading = answer::Reading {
+                stop: ask.stop.clone(),
+                reader: prepared.reader.as_ref().map(prompt::ReaderPlan::reader),
+                prompt_tokens,
+                echo: prepared.echo.clone(),
+                logprobs: ask.logprobs.is_some(),
+            };
+            // What was admitted before is cancelled as it is dropped.
+            let events = model.handle.submit(job).await?;
+            answers.push(AnswerStream::new(model.clone(), events, reading));
+        }
+    }
+    Ok(answers)
+}
+
+/// A request's own values, and the model's where it has none.
+fn with_defaults(asked: Sampling, defaults: &Sampling) -> Sampling {
+    Sampling {
+        temperature: asked.temperature.or(defaults.temperature),
+        top_p: asked.top_p.or(defaults.top_p),
+        top_k: asked.top_k.or(defaults.top_k),
+        min_p: asked.min_p.or(defaults.min_p),
+        typical_p: asked.typical_p.or(defaults.typical_p),
+        repetition_penalty: asked.repetition_penalty.or(defaults.repetition_penalty),
+        ..asked
+    }
+}
+
+fn breakers(sampling: &Sampling) -> Vec<String> {
+    sampling.dry.as_ref().map(|dry| dry.sequence_breakers.clone()).unwrap_or_default()
 }
 
 /// Refuses what the engine would not honour. A value that changes nothing is dropped instead: clients send such values
@@ -144,10 +244,6 @@ fn settle_knobs(model: &ServedModel, job: &mut Job) -> Result<(), PipelineError>
         if !neutral {
             return Err(PipelineError::Submit(mesh_core::SubmitError::Unsupported { knob }));
         }
-    }
-    // Only engines report probabilities, and no engine's report reaches an answer yet.
-    if job.logprobs.is_some() {
-        return Err(PipelineError::Submit(mesh_core::SubmitError::Unsupported { knob: Knob::Logprobs }));
     }
     Ok(())
 }

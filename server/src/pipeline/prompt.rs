@@ -3,11 +3,16 @@
 use std::sync::Arc;
 
 use chrono::NaiveDateTime;
-use mesh_core::{Landmarks, Prompt, PromptForm, SubmitError, TemplateError, Thinking};
-use mesh_text::{DialectParser, ParserContext, Template, TemplateInput, Tokenizer};
+use mesh_core::{Constraint, Landmarks, Prompt, PromptForm, SubmitError, TemplateError, Thinking};
+use mesh_text::{Dialect, DialectParser, ParserContext, Template, TemplateInput, Tokenizer};
 use serde_json::{Map, Value};
 
-use super::{Chat, Effort, PipelineError, Subject, landmarks};
+use super::{
+    Chat, Effort, PipelineError, Subject,
+    constraint::{self, Calls, Conditions, Wish},
+    forced::ForcedCalls,
+    landmarks,
+};
 use crate::served::ServedModel;
 
 /// A prompt and what reads its answer.
@@ -17,7 +22,31 @@ pub struct Prepared {
     /// Where other prompts are likely to part from it, for engines that remember prompts.
     pub landmarks: Landmarks,
     /// Absent for text completions, whose answers are text as it comes.
-    pub reader: Option<Reader>,
+    pub reader: Option<ReaderPlan>,
+    /// What the answer is held to.
+    pub constraint: Option<Constraint>,
+    /// Tokens that hold one of the texts that were asked about, where the engine takes tokens.
+    pub breaker_ids: Vec<u32>,
+    /// The prompt, where it is to be put in front of the answer.
+    pub echo: Option<String>,
+}
+
+/// How answers to a conversation are read.
+pub struct ReaderPlan {
+    dialect: &'static dyn Dialect,
+    context: ParserContext,
+    /// The answer is calls in plain JSON.
+    plain_calls: bool,
+    calls_max: Option<u32>,
+}
+
+impl ReaderPlan {
+    /// What reads one answer.
+    pub fn reader(&self) -> Reader {
+        let parser = self.dialect.parser(&self.context);
+        let parser = if self.plain_calls { Box::new(ForcedCalls::new(Some(parser))) } else { parser };
+        Reader { parser, markers: self.dialect.markers(&self.context), calls_max: self.calls_max }
+    }
 }
 
 /// What reads the answer to a conversation.
@@ -26,38 +55,86 @@ pub struct Reader {
     pub parser: Box<dyn DialectParser>,
     /// Special tokens that it has to see.
     pub markers: &'static [&'static str],
+    /// Calls after which the answer is over.
+    pub calls_max: Option<u32>,
 }
 
-/// Renders and tokenizes, away from the threads that serve connections: a long prompt takes its time.
-pub async fn prepare(model: &Arc<ServedModel>, subject: Subject) -> Result<Prepared, PipelineError> {
+/// Renders and tokenizes, away from the threads that serve connections: a long prompt takes its time, and so does a grammar.
+pub async fn prepare(
+    model: &Arc<ServedModel>,
+    subject: Subject,
+    wish: Wish,
+    echo: bool,
+) -> Result<Prepared, PipelineError> {
     let _permit = model.preparing.acquire().await;
     let model = model.clone();
-    tokio::task::spawn_blocking(move || prepare_now(&model, subject)).await.unwrap_or(Err(PipelineError::Panicked))
+    let prepared = tokio::task::spawn_blocking(move || prepare_now(&model, subject, wish, echo)).await;
+    prepared.unwrap_or(Err(PipelineError::Panicked))
 }
 
-fn prepare_now(model: &ServedModel, subject: Subject) -> Result<Prepared, PipelineError> {
-    match subject {
+fn prepare_now(model: &ServedModel, subject: Subject, wish: Wish, echo: bool) -> Result<Prepared, PipelineError> {
+    let breaker_ids = match &model.tokenizer {
+        Some(tokenizer) if !wish.breakers.is_empty() => tokenizer.tokens_with(&wish.breakers),
+        _ => Vec::new(),
+    };
+    let (prompt, landmarks, reader, settled, echo) = match subject {
         // A rendered template writes its own begin-of-text token; raw text gets it from the tokenizer.
         Subject::Chat(chat) => {
-            let (conversation, reader) = Conversation::of(model, chat)?;
+            let calls = Calls::of(&chat.tools, &chat.tool_choice, chat.single_call);
+            let (single, thinking_tokens_max) = (chat.single_call, chat.thinking_tokens_max);
+            let conversation = Conversation::of(model, chat)?;
             let text = conversation.render(&conversation.messages, true)?;
-            let reader = reader(&text);
+            let dialect = model.dialect;
+            let opened = dialect.opens_reasoning(&text);
+            let tools = conversation.tools.is_some();
+            let mut context = ParserContext { prompt_opens_reasoning: opened, tools };
+            let markers = dialect.markers(&context);
+            let conditions = Conditions { dialect: Some(dialect), markers, opened, thinking_tokens_max };
+            let settled = constraint::settle(model, wish.grammar, calls.as_ref(), conditions)?;
+            if settled.at_once {
+                context.prompt_opens_reasoning = false;
+            }
+            if settled.plain_calls {
+                context.tools = false;
+            }
+            let calls_max = single.then_some(1);
+            let reader = ReaderPlan { dialect, context, plain_calls: settled.plain_calls, calls_max };
             let (prompt, landmarks) = match model.handle.capabilities().prompt {
                 PromptForm::Text => (Prompt::Text { text, add_special: false }, Landmarks::default()),
                 PromptForm::Tokens => in_tokens(model, &conversation, &text)?,
             };
-            Ok(Prepared { prompt, landmarks, reader: Some(reader) })
+            (prompt, landmarks, Some(reader), settled, None)
+        }
+        subject @ (Subject::Text(_) | Subject::Tokens(_)) => {
+            let conditions = Conditions { dialect: None, markers: &[], opened: false, thinking_tokens_max: None };
+            let settled = constraint::settle(model, wish.grammar, None, conditions)?;
+            let (prompt, echo) = plain(model, subject, echo)?;
+            (prompt, Landmarks::default(), None, settled, echo)
+        }
+    };
+    Ok(Prepared { prompt, landmarks, reader, constraint: settled.constraint, breaker_ids, echo })
+}
+
+/// A prompt without a conversation, and its text if that is to be given back.
+fn plain(model: &ServedModel, subject: Subject, echo: bool) -> Result<(Prompt, Option<String>), PipelineError> {
+    match subject {
+        Subject::Tokens(ids) => {
+            let text = match (&model.tokenizer, echo) {
+                (Some(tokenizer), true) => Some(tokenizer.decode(&ids)),
+                (None, true) => return Err(PipelineError::NoEcho),
+                (_, false) => None,
+            };
+            Ok((checked(model, ids)?, text))
         }
         Subject::Text(text) => {
+            let echoed = echo.then(|| text.clone());
             let prompt = match model.handle.capabilities().prompt {
                 PromptForm::Text => Prompt::Text { text, add_special: true },
                 PromptForm::Tokens => checked(model, tokenizer(model)?.encode(&text, true)?)?,
             };
-            Ok(Prepared { prompt, landmarks: Landmarks::default(), reader: None })
+            Ok((prompt, echoed))
         }
-        Subject::Tokens(ids) => {
-            Ok(Prepared { prompt: checked(model, ids)?, landmarks: Landmarks::default(), reader: None })
-        }
+        Subject::Chat(_) => Err(PipelineError::Panicked),
     }
 }
 
@@ -112,8 +189,7 @@ struct Conversation<'a> {
 }
 
 impl<'a> Conversation<'a> {
-    /// With what makes the reader of its answer, once it is rendered.
-    fn of(model: &'a ServedModel, chat: Chat) -> Result<(Self, impl Fn(&str) -> Reader), PipelineError> {
+    fn of(model: &'a ServedModel, chat: Chat) -> Result<Self, PipelineError> {
         let (dialect, tools) = (model.dialect, !chat.tools.is_empty());
         if tools && !dialect.tools() {
             return Err(PipelineError::NoTools { dialect: dialect.id() });
@@ -125,7 +201,7 @@ impl<'a> Conversation<'a> {
         }
         let messages =
             serde_json::to_value(&chat.messages).map_err(|error| TemplateError::Failed { what: error.to_string() })?;
-        let conversation = Self {
+        Ok(Self {
             template: model.template(tools)?,
             messages,
             tools: tools.then_some(Value::Array(chat.tools)),
@@ -133,12 +209,7 @@ impl<'a> Conversation<'a> {
             bos: model.profile.bos_token.as_ref().map(|fact| fact.value.as_str()),
             eos: model.profile.eos_token.as_ref().map(|fact| fact.value.as_str()),
             now: chrono::Local::now().naive_local(),
-        };
-        let reader = move |text: &str| {
-            let context = ParserContext { prompt_opens_reasoning: dialect.opens_reasoning(text), tools };
-            Reader { parser: dialect.parser(&context), markers: dialect.markers(&context) }
-        };
-        Ok((conversation, reader))
+        })
     }
 
     fn render(&self, messages: &Value, add_generation_prompt: bool) -> Result<String, TemplateError> {

@@ -8,6 +8,7 @@ use mesh_models::{FetchError, Store, Want, probe};
 
 use super::StartError;
 use crate::{
+    defaults::Manner,
     served::{ServedModel, Voice},
     voting::Electorate,
 };
@@ -82,6 +83,8 @@ pub struct Starter {
     pub opt_in: bool,
     /// Context asked for, in tokens.
     pub context_tokens: Option<u32>,
+    /// How it is presented to clients.
+    pub manner: Manner,
     /// Told about downloads and loads.
     pub progress: ProgressSink,
     /// Told about steps.
@@ -158,7 +161,8 @@ impl Starter {
             settings: self.electorate.settings(id),
         };
         let handle = backend.load(plan, self.progress.clone()).await?;
-        let model = tokio::task::spawn_blocking(move || ServedModel::new(profile, voice, handle))
+        let manner = self.manner;
+        let model = tokio::task::spawn_blocking(move || ServedModel::new(profile, voice, handle, manner))
             .await
             .map_err(|_| StartError::Panicked { what: "reading the tokenizer" })??;
         Ok(Arc::new(model))

@@ -1,7 +1,7 @@
 //! A backend whose engine plays a script, and a server in front of it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     path::PathBuf,
     sync::{
         Arc, LazyLock, Mutex,
@@ -30,6 +30,8 @@ use tokio::{
 pub enum Step {
     /// Reports a piece of text of one token.
     Text(&'static str),
+    /// The same, so likely.
+    Likely(&'static str, f32),
     /// Reports the bytes as tokens, one each.
     Bytes(&'static [u8]),
     /// Reports that the prompt is read.
@@ -56,6 +58,10 @@ pub enum Step {
 pub struct Fake {
     /// What every job gets.
     pub script: Mutex<Vec<Step>>,
+    /// What the next jobs get instead, one each.
+    pub scripts: Mutex<VecDeque<Vec<Step>>>,
+    /// Refuse jobs as busy from this one on.
+    pub jobs_max: AtomicU32,
     /// The jobs so far.
     pub jobs: Mutex<Vec<Job>>,
     /// Refuse jobs as busy.
@@ -80,11 +86,37 @@ pub struct Fake {
     pub steps: Semaphore,
     /// Drains so far.
     pub drains: AtomicU32,
+    /// How it is presented.
+    pub manner: Mutex<mesh_llm::defaults::Manner>,
+    /// What its model's generation_config.json says.
+    pub generation_config: Mutex<Value>,
     /// The context it was judged with, and the share of memory it was loaded with, each time.
     pub terms: Mutex<Vec<(u32, Option<u64>)>>,
     state: watch::Sender<EngineState>,
     capabilities: Capabilities,
 }
+
+/// All of them.
+const KNOBS: [Knob; 18] = [
+    Knob::Temperature,
+    Knob::TopP,
+    Knob::TopK,
+    Knob::MinP,
+    Knob::TypicalP,
+    Knob::Xtc,
+    Knob::Dry,
+    Knob::Seed,
+    Knob::RepetitionPenalty,
+    Knob::PresencePenalty,
+    Knob::FrequencyPenalty,
+    Knob::LogitBias,
+    Knob::IgnoreEos,
+    Knob::MinTokens,
+    Knob::Logprobs,
+    Knob::JsonSchema,
+    Knob::Regex,
+    Knob::Lark,
+];
 
 static INFO: BackendInfo =
     BackendInfo { id: "fake", title: "plays a script", formats: &[WeightFormat::Safetensors], opt_in: None };
@@ -136,6 +168,14 @@ impl InferenceBackend for FakeBackend {
 
 struct FakeEngine(Arc<Fake>);
 
+/// A piece of text of one token; its alternatives are `0`, `1` and so on.
+fn said(text: &str, logprob: f32, logprobs: Option<u32>) -> Event {
+    let candidate = |text: &str, logprob| Candidate { id: 0, bytes: Some(text.as_bytes().to_vec()), logprob };
+    let top = |count: u32| (0..count).map(|n| candidate(&n.to_string(), -(n as f32))).collect();
+    let logprobs = logprobs.map(|count| TokenLogprob { chosen: candidate(text, logprob), top: top(count) });
+    Event::Text { text: text.into(), tokens: 1, logprobs: logprobs.into_iter().collect() }
+}
+
 /// Counts a stream that is dropped before its end.
 struct Witness {
     fake: Arc<Fake>,
@@ -167,7 +207,8 @@ impl Engine for FakeEngine {
             EngineState::Ready => {}
             other => return Err(SubmitError::Gone { why: format!("it is {other:?}").into() }),
         }
-        if fake.busy.load(Ordering::SeqCst) {
+        let jobs = fake.jobs.lock().unwrap().len() as u32;
+        if fake.busy.load(Ordering::SeqCst) || jobs >= fake.jobs_max.load(Ordering::SeqCst) {
             return Err(SubmitError::Busy { running: 3, retry_after: Duration::from_millis(1500) });
         }
         if let Some(&knob) = self.0.capabilities.lacking(&job).first() {
@@ -178,16 +219,18 @@ impl Engine for FakeEngine {
         {
             return Err(SubmitError::TooLong { prompt: 5000, max: 4096 });
         }
+        let logprobs = job.logprobs;
         fake.jobs.lock().unwrap().push(job);
         let mut steps = Vec::new();
-        for step in fake.script.lock().unwrap().clone() {
+        let own = fake.scripts.lock().unwrap().pop_front();
+        for step in own.unwrap_or_else(|| fake.script.lock().unwrap().clone()) {
             match step {
                 Step::Bytes(bytes) => steps.extend((0..bytes.len()).map(|at| Step::Bytes(&bytes[at..=at]))),
                 step => steps.push(step),
             }
         }
         let state = (steps.into_iter(), Witness { fake, over: false }, 0u32);
-        let events = stream::unfold(state, |(mut steps, mut witness, tokens)| async move {
+        let events = stream::unfold(state, move |(mut steps, mut witness, tokens)| async move {
             let step = steps.next()?;
             witness.fake.taken.fetch_add(1, Ordering::SeqCst);
             let event = match step {
@@ -203,8 +246,16 @@ impl Engine for FakeEngine {
                 Step::Reading(done, total) => Ok(Event::Prefill { done, total, cached: 0 }),
                 Step::Queued(ahead) => Ok(Event::Queued { ahead }),
                 Step::Prefill(total) => Ok(Event::Prefill { done: total, total, cached: 0 }),
-                Step::Text(text) => Ok(Event::Text { text: text.into(), tokens: 1, logprobs: Vec::new() }),
-                Step::Bytes(bytes) => Ok(Event::Token { id: bytes[0].into(), logprob: None }),
+                Step::Text(text) => Ok(said(text, -0.5, logprobs)),
+                Step::Likely(text, logprob) => Ok(said(text, logprob, logprobs)),
+                Step::Bytes(bytes) => {
+                    let id = bytes[0].into();
+                    let candidate = |id: u32| Candidate { id, bytes: None, logprob: -(id as f32) };
+                    let top = |count| (0..count).map(|n| candidate(u32::from(b'a') + n)).collect();
+                    let logprob =
+                        logprobs.map(|count| Box::new(TokenLogprob { chosen: candidate(id), top: top(count) }));
+                    Ok(Event::Token { id, logprob })
+                }
                 Step::Finish(reason) => Ok(Event::Finished {
                     reason,
                     usage: Usage { prompt_tokens: 7, cached_tokens: 3, completion_tokens: tokens + 1 },
@@ -274,7 +325,8 @@ impl Locate for FixedLocate {
 
 const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}\
                         {% if tools %}[{{ tools | length }} tools]{% endif %}\
-                        {% if enable_thinking is defined %}[thinking={{ enable_thinking }}]{% endif %}<assistant>";
+                        {% if enable_thinking is defined %}[thinking={{ enable_thinking }}]{% endif %}<assistant>\
+                        {% if begin is defined %}{{ begin }}{% endif %}";
 
 fn profile(name: String, tokenizer: Option<PathBuf>, family: bool) -> ModelProfile {
     let source = || Source::file("config.json");
@@ -282,6 +334,7 @@ fn profile(name: String, tokenizer: Option<PathBuf>, family: bool) -> ModelProfi
     ModelProfile {
         context_tokens_max: Some(Fact::new(4096, source())),
         model_type: family.then(|| Fact::new("fake".into(), source())),
+        eos_token_ids: tokenizer.iter().map(|_| Fact::new(0, source())).collect(),
         vocab_size: tokenizer.is_some().then(|| Fact::new(256, source())),
         tokenizer: tokenizer.map(|path| Fact::new(path, source())),
         chat_template: Some(Fact::new(
@@ -331,16 +384,26 @@ pub enum Form {
     Tokens,
     /// Text in, text out, and no family.
     Stranger,
+    /// Text in, text out, and every knob there is.
+    Able,
+    /// Tokens in, tokens out, and every knob there is.
+    AbleTokens,
 }
 
 impl Fake {
     pub fn new(form: Form, script: Vec<Step>) -> Arc<Self> {
         let (prompt, output) = match form {
-            Form::Tokens => (PromptForm::Tokens, OutputForm::Tokens),
-            Form::Text | Form::Stranger => (PromptForm::Text, OutputForm::Text),
+            Form::Tokens | Form::AbleTokens => (PromptForm::Tokens, OutputForm::Tokens),
+            Form::Text | Form::Stranger | Form::Able => (PromptForm::Text, OutputForm::Text),
+        };
+        let knobs = match form {
+            Form::Able | Form::AbleTokens => BTreeSet::from(KNOBS),
+            _ => BTreeSet::from([Knob::Temperature, Knob::TopP, Knob::Seed]),
         };
         Arc::new(Self {
             script: Mutex::new(script),
+            scripts: Mutex::default(),
+            jobs_max: AtomicU32::new(u32::MAX),
             jobs: Mutex::default(),
             busy: AtomicBool::default(),
             failing_loads: AtomicU32::default(),
@@ -353,12 +416,14 @@ impl Fake {
             device_bytes: AtomicU64::default(),
             steps: Semaphore::new(0),
             drains: AtomicU32::default(),
+            manner: Mutex::default(),
+            generation_config: Mutex::default(),
             terms: Mutex::default(),
             state: watch::channel(EngineState::Starting).0,
             capabilities: Capabilities {
                 prompt,
                 output,
-                knobs: BTreeSet::from([Knob::Temperature, Knob::TopP, Knob::Seed]),
+                knobs,
                 context_tokens_max: 4096,
                 requests_parallel_max: 2,
                 requests_queued_max: 1,
@@ -372,8 +437,9 @@ impl Fake {
     /// The start of a model called `org/NAME-model`.
     pub fn starter(self: &Arc<Self>, name: &str, form: Form) -> Starter {
         let backend: &'static dyn InferenceBackend = Box::leak(Box::new(FakeBackend(self.clone())));
-        let tokenizer = (form == Form::Tokens).then(|| BYTES_TOKENIZER.path().to_owned());
-        let profile = profile(format!("org/{name}-model"), tokenizer, form != Form::Stranger);
+        let tokenizer = matches!(form, Form::Tokens | Form::AbleTokens).then(|| BYTES_TOKENIZER.path().to_owned());
+        let mut profile = profile(format!("org/{name}-model"), tokenizer, form != Form::Stranger);
+        profile.generation_config = self.generation_config.lock().unwrap().clone();
         Starter {
             reference: name.into(),
             locate: Arc::new(FixedLocate(profile, self.clone())),
@@ -381,6 +447,7 @@ impl Fake {
             forced: None,
             opt_in: false,
             context_tokens: None,
+            manner: *self.manner.lock().unwrap(),
             progress: ProgressSink::silent(),
             observer: Arc::new(|_| {}),
         }
@@ -457,6 +524,16 @@ impl Server {
 
     pub async fn stopped(self) {
         self.task.await.unwrap();
+    }
+
+    pub fn last_job(&self) -> Job {
+        self.fake.jobs.lock().unwrap().last().unwrap().clone()
+    }
+
+    pub async fn complete(&self, more: Value) -> (u16, Value) {
+        let mut body = json!({ "model": "fake", "prompt": "x" });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        self.post("/v1/completions", &body).await
     }
 
     pub fn last_prompt(&self) -> Prompt {

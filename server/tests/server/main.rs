@@ -4,7 +4,10 @@ mod answers;
 mod bounds;
 mod fake;
 mod lifecycle;
+mod likelihood;
+mod parameters;
 mod refusals;
 mod several;
+mod structure;
 
 use mesh_dialects as _;

@@ -82,9 +82,12 @@ impl Runner {
         if self.remembered.known(&sequence.tokens, sequence.long) > has {
             let _gate = gate();
             let _doing = self.shared.doing(Doing::Recall);
+            let since = std::time::Instant::now();
             match self.remembered.recall(&sequence.tokens, sequence.long) {
                 Ok(Some(mut cache)) => {
                     let known = cache.len() as usize;
+                    let ms = since.elapsed().as_secs_f64() * 1000.0;
+                    tracing::debug!(request = sequence.job, known, ms, "taken up");
                     cache.expect(sequence.tokens.len() as i32);
                     sequence.cached += if sequence.computed_before { 0 } else { known.saturating_sub(has) };
                     sequence.cache = Some(cache);

@@ -114,7 +114,7 @@ async fn here(
                 Delta::Content(text) | Delta::Malformed { text } => Piece::Content(text),
                 Delta::ToolCall { name, arguments, .. } => Piece::Content(format!("{name}({arguments})")),
             })),
-            Ok(Part::Queued { .. } | Part::Prefill { .. } | Part::Finished(_)) => None,
+            Ok(Part::Queued { .. } | Part::Prefill { .. } | Part::Tokens(_) | Part::Finished(_)) => None,
             Err(error) => Some(Err(Failure::new(Exit::Failure, error))),
         })
     });
@@ -191,7 +191,7 @@ fn read(event: &str, data: &str) -> Vec<Result<Piece, Failure>> {
     };
     let mut pieces = Vec::new();
     for choice in chunk.choices {
-        pieces.extend(choice.delta.reasoning_content.map(|text| Ok(Piece::Reasoning(text))));
+        pieces.extend(choice.delta.reasoning_content.or(choice.delta.reasoning).map(|text| Ok(Piece::Reasoning(text))));
         pieces.extend(choice.delta.content.filter(|text| !text.is_empty()).map(|text| Ok(Piece::Content(text))));
         for call in choice.delta.tool_calls {
             let text = format!("{}({})", call.function.name, call.function.arguments);

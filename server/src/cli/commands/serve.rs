@@ -33,7 +33,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::limited(&args.environment, &args.limits)?;
     let kept = setting.kept(&args.model)?;
     let wanted = setting.address(args.host, args.port);
-    let options = access::options(&args.access, &setting.config.api, wanted.ip())?;
+    let options = access::options(&args.access, &setting.config.access, wanted.ip())?;
     // Bound before anything is loaded: a model takes its time, an address does not.
     let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
     let address = listener.local_addr().unwrap_or(wanted);
