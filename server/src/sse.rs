@@ -51,12 +51,7 @@ pub fn reply(answers: Vec<AnswerStream>, envelope: Envelope, shape: Shape, inclu
     let mut comments = Comments::default();
     let mut writer =
         Writer { envelope, shape, include_usage, waiting: vec![Vec::new(); count], ended: vec![None; count] };
-    // The first error ends all of it.
-    let parts = Choices::from(answers).scan(false, |over, part| {
-        let goes_on = !std::mem::replace(over, part.1.is_err());
-        std::future::ready(goes_on.then_some(part))
-    });
-    let rest = parts.flat_map(move |(index, part)| {
+    let rest = Choices::from(answers).flat_map(move |(index, part)| {
         let comment = part.as_ref().ok().and_then(|part| comments.on(part, Instant::now()));
         let comment = comment.map(|text| Event::default().comment(format!(" {text}")));
         stream::iter(comment.into_iter().chain(writer.events(index, part)))

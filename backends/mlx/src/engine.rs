@@ -14,11 +14,11 @@ use std::{
 use async_trait::async_trait;
 use futures::Stream;
 use mesh_core::{
-    Capabilities, DeviceKind, Engine, EngineError, EngineState, Event, EventStream, FinishReason, Job, Prompt,
-    PromptForm, SubmitError, Timings, Usage, queue::Pace,
+    Capabilities, DeviceKind, Embed, EmbedError, Embedded, Engine, EngineError, EngineState, Event, EventStream,
+    FinishReason, Job, Pooling, Prompt, PromptForm, SubmitError, Timings, Usage, queue::Pace,
 };
 use mesh_graph::Footprint;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     memory::FreeMemory,
@@ -70,8 +70,23 @@ impl Shared {
     }
 }
 
-/// A job on its way to the device thread.
-pub struct Work {
+/// Something on its way to the device thread.
+pub enum Work {
+    Generate(Box<Generation>),
+    Embed(Vectors),
+}
+
+/// Texts on their way to become vectors.
+pub struct Vectors {
+    pub job: String,
+    pub inputs: Vec<Vec<u32>>,
+    pub pooling: Pooling,
+    pub answer: oneshot::Sender<Result<Embedded, EngineError>>,
+    pub place: Place,
+}
+
+/// A job on its way.
+pub struct Generation {
     pub job: Job,
     pub prompt: Vec<u32>,
     pub tokens_max: u32,
@@ -126,7 +141,7 @@ impl MlxEngine {
     /// Refuses what would not fit even if everybody else were gone, because other programs hold the memory.
     fn fits(&self, tokens: u32) -> Result<(), SubmitError> {
         let Admission { footprint, memory_bytes, free_memory } = &self.admission;
-        let needed_bytes = footprint.bytes(u64::from(tokens) + 1);
+        let needed_bytes = footprint.bytes(tokens.into());
         let available_bytes = match free_memory.kind {
             DeviceKind::Cpu => free_memory.limit(*memory_bytes, self.shared.held_bytes.load(Ordering::Relaxed)),
             // Nobody but its own thread waits for a device.
@@ -135,6 +150,42 @@ impl MlxEngine {
         match needed_bytes > available_bytes {
             true => Err(SubmitError::Memory { tokens, needed_bytes, available_bytes }),
             false => Ok(()),
+        }
+    }
+
+    /// A prompt's tokens, if it has any and no others than the vocabulary's. They are never more than a `u32` counts.
+    fn tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
+        let Prompt::Tokens(prompt) = prompt else {
+            return Err(SubmitError::WrongForm { wanted: PromptForm::Tokens });
+        };
+        let max = self.capabilities.context_tokens_max;
+        let length = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        if length == 0 {
+            return Err(SubmitError::Empty);
+        }
+        if length > max {
+            return Err(SubmitError::TooLong { prompt: length, max });
+        }
+        self.in_vocabulary(&prompt)?;
+        Ok(prompt)
+    }
+
+    fn in_vocabulary<'a>(&self, ids: impl IntoIterator<Item = &'a u32>) -> Result<(), SubmitError> {
+        match ids.into_iter().find(|id| **id >= self.vocab_size) {
+            Some(id) => Err(SubmitError::UnknownToken { id: *id, vocab_size: self.vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    fn is_serving(&self) -> Result<(), SubmitError> {
+        if self.shared.state.borrow().is_over() { Err(self.gone()) } else { Ok(()) }
+    }
+
+    fn send(&self, work: Work) -> Result<(), SubmitError> {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        match jobs.as_ref().is_some_and(|jobs| jobs.try_send(work).is_ok()) {
+            true => Ok(()),
+            false => Err(self.gone()),
         }
     }
 
@@ -162,27 +213,19 @@ impl Engine for MlxEngine {
         if let Some(knob) = self.capabilities.lacking(&job).into_iter().next() {
             return Err(SubmitError::Unsupported { knob });
         }
-        let Prompt::Tokens(prompt) = &mut job.prompt else {
-            return Err(SubmitError::WrongForm { wanted: PromptForm::Tokens });
-        };
-        let prompt = std::mem::take(prompt);
-        let max = self.capabilities.context_tokens_max;
-        let length = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-        if length == 0 {
-            return Err(SubmitError::Empty);
+        if let Some(constraint) = job.constraint.as_ref().filter(|constraint| constraint.rules.is_none()) {
+            return Err(SubmitError::Unsupported { knob: constraint.grammar.knob() });
         }
+        let prompt = self.tokens(std::mem::replace(&mut job.prompt, Prompt::Tokens(Vec::new())))?;
+        let max = self.capabilities.context_tokens_max;
+        let length = prompt.len() as u32;
         if length >= max {
             return Err(SubmitError::TooLong { prompt: length, max });
         }
-        let mut named = prompt.iter().chain(job.sampling.logit_bias.keys()).copied();
-        if let Some(id) = named.find(|id| *id >= self.vocab_size) {
-            return Err(SubmitError::UnknownToken { id, vocab_size: self.vocab_size });
-        }
+        self.in_vocabulary(job.sampling.logit_bias.keys())?;
         let tokens_max = job.tokens_max.unwrap_or(u32::MAX).min(max - length);
-        if self.shared.state.borrow().is_over() {
-            return Err(self.gone());
-        }
-        self.fits(length)?;
+        self.is_serving()?;
+        self.fits(length + 1)?;
         let place = self.place()?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         if tokens_max == 0 {
@@ -190,15 +233,26 @@ impl Engine for MlxEngine {
             let last = Event::Finished { reason: FinishReason::Length, usage, timings: Timings::default() };
             return Ok(Box::pin(futures::stream::iter([Ok(last)])));
         }
-        let work = Work { job, prompt, tokens_max, events, place };
-        let sent = {
-            let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-            jobs.as_ref().is_some_and(|jobs| jobs.try_send(work).is_ok())
-        };
-        if !sent {
-            return Err(self.gone());
-        }
+        self.send(Work::Generate(Box::new(Generation { job, prompt, tokens_max, events, place })))?;
         Ok(Box::pin(Events::new(receiver, self.shared.state.subscribe())))
+    }
+
+    async fn embed(&self, embed: Embed) -> Result<Embedded, EmbedError> {
+        let Embed { id, inputs, pooling } = embed;
+        let inputs = inputs.into_iter().map(|input| self.tokens(input)).collect::<Result<Vec<_>, _>>()?;
+        self.is_serving()?;
+        let Some(longest) = inputs.iter().map(Vec::len).max() else { return Ok(Embedded::default()) };
+        self.fits(longest as u32)?;
+        let place = self.place()?;
+        let (answer, receiver) = oneshot::channel();
+        self.send(Work::Embed(Vectors { job: id, inputs, pooling, answer, place }))?;
+        let mut state = self.shared.state.subscribe();
+        tokio::select! {
+            biased;
+            Ok(answer) = receiver => Ok(answer?),
+            // A thread that hangs answers nobody, and one that is gone has dropped what it had not answered.
+            state = state.wait_for(EngineState::is_over) => Err(state.map_or(EngineError::Stopped, |state| over(&state)).into()),
+        }
     }
 
     async fn drain(&self, grace: Duration) {
@@ -215,6 +269,14 @@ impl Engine for MlxEngine {
             self.shared.cancelled.store(true, Ordering::Relaxed);
             let _ = tokio::time::timeout(CANCEL_GRACE, state.wait_for(EngineState::is_over)).await;
         }
+    }
+}
+
+/// What became of those who were left when the engine was over.
+fn over(state: &EngineState) -> EngineError {
+    match state {
+        EngineState::Failed(what) => EngineError::Failed { what: what.clone() },
+        _ => EngineError::Stopped,
     }
 }
 
@@ -245,10 +307,9 @@ impl Events {
             ready!(until_over.as_mut().poll(context));
             self.until_over = None;
         }
-        Poll::Ready(match &*self.state.borrow() {
-            EngineState::Failed(what) if !self.begun => EngineError::NotBegun { what: what.clone() },
-            EngineState::Failed(what) => EngineError::Failed { what: what.clone() },
-            _ => EngineError::Stopped,
+        Poll::Ready(match over(&self.state.borrow()) {
+            EngineError::Failed { what } if !self.begun => EngineError::NotBegun { what },
+            error => error,
         })
     }
 }

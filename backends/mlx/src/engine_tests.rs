@@ -24,10 +24,10 @@ use crate::{
     settings::Settings,
 };
 
-const VOCAB: i32 = 64;
+pub const VOCAB: i32 = 64;
 
 /// All tests share the device: while one has it hang, others would fail as they should.
-static DEVICE: RwLock<()> = RwLock::const_new(());
+pub static DEVICE: RwLock<()> = RwLock::const_new(());
 
 /// The token after 5 is 6, and after 63 it is 0.
 #[derive(Default)]
@@ -37,11 +37,11 @@ struct Counting {
 
 /// What is to go wrong, once each, in a pass that feeds this token plus one; 0 is never.
 #[derive(Default)]
-struct Faults {
-    hang_ms: AtomicU64,
-    fail_at: AtomicU32,
-    panic_at: AtomicU32,
-    passes: AtomicU64,
+pub struct Faults {
+    pub hang_ms: AtomicU64,
+    pub fail_at: AtomicU32,
+    pub panic_at: AtomicU32,
+    pub passes: AtomicU64,
 }
 
 impl CausalModel for Counting {
@@ -70,6 +70,10 @@ impl CausalModel for Counting {
         let logits = ids.eq(next.reshape(&[batch, time, 1])?)?.as_dtype(Dtype::Float32)?;
         let logits = logits.multiply(Array::from_f32(20.0))?;
         match rows {
+            // A state is which token was fed.
+            Rows::States => {
+                ids.eq(tokens.as_dtype(Dtype::Int32)?.reshape(&[batch, time, 1])?)?.as_dtype(Dtype::Float32)
+            }
             Rows::All => Ok(logits),
             Rows::Last => ffi::slice(&logits, [0, time - 1, 0], [batch, time, VOCAB]),
         }
@@ -84,7 +88,7 @@ impl CausalModel for Counting {
     }
 }
 
-async fn counting(settings: Value, context_tokens: u32) -> (EngineHandle, Arc<Faults>) {
+pub async fn counting(settings: Value, context_tokens: u32) -> (EngineHandle, Arc<Faults>) {
     let faults = Arc::new(Faults::default());
     let model = Counting { faults: faults.clone() };
     let handle = start(Start {
@@ -102,7 +106,7 @@ async fn counting(settings: Value, context_tokens: u32) -> (EngineHandle, Arc<Fa
     (handle, faults)
 }
 
-fn job(prompt: &[u32], tokens_max: u32) -> Job {
+pub fn job(prompt: &[u32], tokens_max: u32) -> Job {
     Job {
         sampling: Sampling::greedy(),
         tokens_max: Some(tokens_max),
@@ -111,7 +115,7 @@ fn job(prompt: &[u32], tokens_max: u32) -> Job {
     }
 }
 
-async fn tokens(mut events: EventStream) -> Result<(Vec<u32>, FinishReason), EngineError> {
+pub async fn tokens(mut events: EventStream) -> Result<(Vec<u32>, FinishReason), EngineError> {
     let mut written = Vec::new();
     loop {
         match events.next().await.expect("a last event") {
@@ -123,12 +127,12 @@ async fn tokens(mut events: EventStream) -> Result<(Vec<u32>, FinishReason), Eng
     }
 }
 
-async fn count(engine: &dyn Engine, job: Job) -> Result<(Vec<u32>, FinishReason), EngineError> {
+pub async fn count(engine: &dyn Engine, job: Job) -> Result<(Vec<u32>, FinishReason), EngineError> {
     tokens(engine.submit(job).await.expect("admitted")).await
 }
 
 /// So many tokens after `from`.
-fn after(from: u32, count: u32) -> Vec<u32> {
+pub fn after(from: u32, count: u32) -> Vec<u32> {
     (1..=count).map(|step| (from + step) % VOCAB as u32).collect()
 }
 

@@ -1,5 +1,6 @@
 //! Sequences that write together: one forward pass a step, whatever their lengths.
 
+use mesh_core::TokenLogprob;
 use mesh_graph::Cache;
 use mlx_rs::{
     Array,
@@ -8,7 +9,10 @@ use mlx_rs::{
     transforms,
 };
 
-use crate::schedule::Id;
+use crate::{
+    sampler::{Drawn, Likely},
+    schedule::Id,
+};
 
 /// A batch. Every row's cache holds all tokens before the one in `current`.
 pub struct Group {
@@ -20,12 +24,31 @@ pub struct Group {
     pub current: Array,
     /// Whether a row's token was drawn and not read yet; otherwise it is the last that is known of the row.
     pub unread: Vec<bool>,
+    /// How likely a row's drawn token was, where that is reported.
+    likely: Vec<Option<Likely>>,
+}
+
+/// A token that was drawn and read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Written {
+    /// Which.
+    pub id: u32,
+    /// How likely it was, where that is reported.
+    pub logprob: Option<Box<TokenLogprob>>,
 }
 
 impl Group {
     /// One sequence, about to be fed its last known token.
     pub fn new(id: Id, cache: Cache, token: u32) -> Self {
-        Self { rows: vec![id], cache, current: Array::from_slice(&[token], &[1, 1]), unread: vec![false] }
+        let current = Array::from_slice(&[token], &[1, 1]);
+        Self { rows: vec![id], cache, current, unread: vec![false], likely: vec![None] }
+    }
+
+    /// Has every row fed next what was drawn for it.
+    pub fn feed(&mut self, drawn: Drawn) {
+        self.current = drawn.tokens;
+        self.likely = drawn.likely;
+        self.unread.fill(true);
     }
 
     /// The lengths of the shortest and the longest row, in tokens held, and how many there are.
@@ -36,15 +59,32 @@ impl Group {
         (least as u32, most as u32, self.rows.len())
     }
 
+    /// Has the device compute the drawn tokens before anything that is submitted later.
+    pub fn submit(&self) -> Result<(), Exception> {
+        transforms::async_eval(self.drawn())
+    }
+
+    fn drawn(&self) -> impl Iterator<Item = &Array> {
+        std::iter::once(&self.current).chain(self.likely.iter().flatten().map(Likely::array))
+    }
+
     /// Reads the drawn tokens: waits for the device. Rows whose token is known already get `None`.
-    pub fn read(&mut self) -> Result<Vec<Option<u32>>, Exception> {
+    pub fn read(&mut self) -> Result<Vec<Option<Written>>, Exception> {
         if !self.unread.contains(&true) {
             return Ok(vec![None; self.rows.len()]);
         }
-        transforms::eval([&self.current])?;
+        transforms::eval(self.drawn())?;
         let ids = self.current.to_vec_exact::<u32>().map_err(|error| Exception::custom(error.to_string()))?;
-        let read = ids.into_iter().zip(&self.unread).map(|(id, unread)| unread.then_some(id)).collect();
+        let read = ids.into_iter().zip(&self.unread).zip(&self.likely).map(|((id, unread), likely)| {
+            let written = || {
+                let logprob = likely.as_ref().map(|likely| likely.read(id).map(Box::new)).transpose()?;
+                Ok(Written { id, logprob })
+            };
+            unread.then(written).transpose()
+        });
+        let read = read.collect::<Result<_, Exception>>()?;
         self.unread.fill(false);
+        self.likely.fill(None);
         Ok(read)
     }
 
@@ -68,6 +108,7 @@ impl Group {
             cache: self.cache.select(picked)?,
             current,
             unread: picked.iter().map(|row| self.unread[*row]).collect(),
+            likely: picked.iter().map(|row| self.likely[*row].clone()).collect(),
         })
     }
 
@@ -77,6 +118,7 @@ impl Group {
         let current = ops::concatenate(&[self.current, other.current], 0)?;
         let rows = [self.rows, other.rows].concat();
         let unread = [self.unread, other.unread].concat();
-        Ok(Self { rows, cache, current, unread })
+        let likely = [self.likely, other.likely].concat();
+        Ok(Self { rows, cache, current, unread, likely })
     }
 }

@@ -8,9 +8,13 @@
 mod backend;
 pub mod bench;
 mod device;
+#[cfg(test)]
+mod embed_tests;
 mod engine;
 #[cfg(test)]
 mod engine_tests;
+#[cfg(test)]
+mod grammar_tests;
 mod group;
 mod host;
 mod identity;

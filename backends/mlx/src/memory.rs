@@ -53,7 +53,7 @@ impl Sizes {
 
     /// Bytes that choosing tokens takes: logits and what is made of them, in f32.
     pub fn choice_bytes(&self, rows: u64) -> u64 {
-        rows * self.vocab * 4 * 6
+        rows * self.vocab * 4 * 8
     }
 
     /// Bytes that a forward pass takes beside caches, with chunks of so many tokens at most in a context of so many.

@@ -4,6 +4,7 @@
 //!   writes waits for more than a chunk, and prompts are read however many write.
 //! - Every second chunk goes to the prompt that has waited longest, so that none starves; the others to the one that has
 //!   had the least, so that a short prompt does not wait for a long one that came before.
+//! - Texts that are turned into vectors take turns with prompts, chunk by chunk.
 //! - A prompt is let in if everything that runs, and it, fit the memory. What grows beyond that sends the youngest back
 //!   to wait; what it has written stays written.
 //! - Rows are put into one batch if their lengths are near enough that padding does not waste more than they use.
@@ -57,6 +58,15 @@ pub struct Writing {
     pub ready: bool,
 }
 
+/// Texts that are turned into vectors, the next few of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Embedding {
+    /// Bytes they take, padding included.
+    pub bytes: u64,
+    /// Whether they have had a chunk.
+    pub begun: bool,
+}
+
 /// Everything a decision depends on.
 #[derive(Clone, Debug)]
 pub struct View<'a> {
@@ -66,8 +76,12 @@ pub struct View<'a> {
     pub reading: &'a [Reading],
     /// In any order.
     pub writing: &'a [Writing],
+    /// If there are any.
+    pub embedding: Option<Embedding>,
     /// Whether the last step was one of writing.
     pub wrote_last: bool,
+    /// Whether the last chunk was of texts that are turned into vectors.
+    pub embedded_last: bool,
     /// Chunks read so far, by anybody.
     pub chunks: u64,
     /// Bytes that can be used now: never more than the limit, less while other programs hold memory.
@@ -86,6 +100,11 @@ pub enum Step {
         /// Whose.
         id: Id,
         /// How many at most.
+        tokens: u32,
+    },
+    /// Go on with the texts that are turned into vectors, by so many tokens at most.
+    Embed {
+        /// In all rows together.
         tokens: u32,
     },
     /// Write one token of everybody who is ready.
@@ -107,21 +126,31 @@ pub fn next(view: &View<'_>, limits: &Limits, footprint: &Footprint) -> Step {
     if let Some(first) = view.waiting.first()
         && running < limits.parallel_max as usize
         // Alone it is let in whatever the prediction says: its length was checked when it came.
-        && (running == 0 || fits(view, first.tokens, footprint))
+        && (running == 0 && may_be_alone(view) || fits(view, first.tokens, footprint))
     {
         return Step::Admit(first.id);
     }
     let can_write = view.writing.iter().any(|group| group.ready);
-    if can_write && (!view.wrote_last || view.reading.is_empty()) {
+    // Alone they go on whatever the prediction says, too.
+    let can_embed = view.embedding.is_some() && (running == 0 || used <= view.memory_bytes);
+    if can_write && (!view.wrote_last || (view.reading.is_empty() && !can_embed)) {
         return Step::Write;
     }
+    let everybody = running + view.waiting.len() + usize::from(view.embedding.is_some());
+    let tokens = if everybody <= 1 { limits.chunk_tokens } else { limits.chunk_tokens_in_company };
+    if can_embed && (view.reading.is_empty() || !view.embedded_last) {
+        return Step::Embed { tokens };
+    }
     match whose_turn(view) {
-        Some(id) => {
-            let alone = running == 1 && view.waiting.is_empty();
-            Step::Read { id, tokens: if alone { limits.chunk_tokens } else { limits.chunk_tokens_in_company } }
-        }
+        Some(id) => Step::Read { id, tokens },
         None => Step::Wait,
     }
+}
+
+/// Whether nobody else holds memory: texts that are turned into vectors hold none between two lots of them, and where
+/// these and a sequence do not fit together, they take turns.
+fn may_be_alone(view: &View<'_>) -> bool {
+    view.embedding.is_none_or(|embedding| !embedding.begun && view.embedded_last)
 }
 
 /// Tokens that everybody is to be able to write after somebody was let in, before anybody is sent back for it.
@@ -141,7 +170,8 @@ pub fn used_bytes(view: &View<'_>, footprint: &Footprint, more_tokens: u32) -> u
         let longest = group.rows.iter().map(|(_, tokens)| *tokens).max().unwrap_or(0);
         bytes(longest).saturating_mul(group.rows.len() as u64)
     });
-    reading.chain(writing).fold(0, u64::saturating_add)
+    let embedding = view.embedding.map_or(0, |embedding| embedding.bytes);
+    reading.chain(writing).fold(embedding, u64::saturating_add)
 }
 
 /// The last that came: it has had the least done for it.
@@ -208,7 +238,9 @@ mod tests {
     }
 
     fn view<'a>(waiting: &'a [Waiting], reading: &'a [Reading], writing: &'a [Writing]) -> View<'a> {
-        View { waiting, reading, writing, wrote_last: false, chunks: 0, memory_bytes: LIMITS.memory_bytes }
+        let (embedding, wrote_last, embedded_last) = (None, false, false);
+        let memory_bytes = LIMITS.memory_bytes;
+        View { waiting, reading, writing, embedding, wrote_last, embedded_last, chunks: 0, memory_bytes }
     }
 
     fn reading(id: Id, turns: u32) -> Reading {
@@ -277,6 +309,40 @@ mod tests {
     }
 
     #[test]
+    fn vectors_take_turns_with_prompts_and_with_writing() {
+        let (prompts, groups) = ([reading(2, 0)], [writing(&[1])]);
+        let embedding = Some(Embedding { bytes: 1000, begun: false });
+        let all = View { embedding, ..view(&[], &prompts, &groups) };
+        assert_eq!(decide(&all), Step::Write);
+        let wrote = View { wrote_last: true, ..all };
+        assert_eq!(decide(&wrote), Step::Embed { tokens: 512 });
+        assert_eq!(decide(&View { embedded_last: true, ..wrote.clone() }), Step::Read { id: 2, tokens: 512 });
+        assert_eq!(
+            decide(&View { embedding, wrote_last: true, ..view(&[], &[], &groups) }),
+            Step::Embed { tokens: 512 }
+        );
+        assert_eq!(decide(&View { embedding, ..view(&[], &[], &[]) }), Step::Embed { tokens: 2048 });
+    }
+
+    #[test]
+    fn vectors_wait_for_memory_and_nobody_starves_for_them() {
+        let (groups, waiting) = ([writing(&[1])], [Waiting { id: 5, tokens: 1000 }]);
+        let embedding = Some(Embedding { bytes: 3000, begun: false });
+        let tight = View { embedding, memory_bytes: 4000, wrote_last: true, ..view(&waiting, &[], &groups) };
+        assert_eq!(decide(&tight), Step::Write, "one that runs alone runs on");
+        let two = [writing(&[1, 2])];
+        assert_eq!(decide(&View { writing: &two, ..tight.clone() }), Step::Preempt(2));
+        let alone = View { writing: &[], ..tight };
+        assert_eq!(decide(&alone), Step::Embed { tokens: 512 });
+        let begun = Some(Embedding { bytes: 3000, begun: true });
+        assert_eq!(
+            decide(&View { embedding: begun, embedded_last: true, ..alone.clone() }),
+            Step::Embed { tokens: 512 }
+        );
+        assert_eq!(decide(&View { embedded_last: true, ..alone }), Step::Admit(5), "between two lots");
+    }
+
+    #[test]
     fn groups_are_of_like_lengths() {
         assert!(fit_together(1, 1025) && !fit_together(1, 1026));
         assert!(fit_together(5000, 10_000) && !fit_together(5000, 10_001));
@@ -305,8 +371,10 @@ mod tests {
             waiting in prop::collection::vec(1u32..5000, 0..4),
             read in prop::collection::vec((0u32..9, 1u32..5000), 0..4),
             written in prop::collection::vec((prop::collection::vec(1u32..5000, 1..4), any::<bool>()), 0..3),
-            memory_bytes in 0u64..20_000, wrote_last: bool, chunks in 0u64..4,
+            memory_bytes in 0u64..20_000, wrote_last: bool, embedded_last: bool, chunks in 0u64..4,
+            embedding in prop::option::of((0u64..10_000, any::<bool>())),
         ) {
+            let embedding = embedding.map(|(bytes, begun)| Embedding { bytes, begun });
             let mut ids = 0..;
             let mut id = || ids.next().unwrap();
             let reading: Vec<_> = read.iter().map(|(turns, tokens)| Reading { id: id(), turns: *turns, tokens: *tokens }).collect();
@@ -315,7 +383,9 @@ mod tests {
                 .map(|(rows, ready)| Writing { rows: rows.iter().map(|tokens| (id(), *tokens)).collect(), ready: *ready })
                 .collect();
             let waiting: Vec<_> = waiting.iter().map(|tokens| Waiting { id: id(), tokens: *tokens }).collect();
-            let view = View { waiting: &waiting, reading: &reading, writing: &writing, wrote_last, chunks, memory_bytes };
+            let (waiting, reading, writing) = (&waiting[..], &reading[..], &writing[..]);
+            let view =
+                View { waiting, reading, writing, embedding, wrote_last, embedded_last, chunks, memory_bytes };
             let running = reading.len() + written.iter().map(|(rows, _)| rows.len()).sum::<usize>();
             let used = used_bytes(&view, &footprint(), 1);
             match decide(&view) {
@@ -325,6 +395,9 @@ mod tests {
                 }
                 Step::Preempt(_) => prop_assert!(used > memory_bytes && running > 1),
                 Step::Read { id, .. } => prop_assert!(reading.iter().any(|one| one.id == id)),
+                Step::Embed { .. } => {
+                    prop_assert!(embedding.is_some() && (running == 0 || used <= memory_bytes));
+                }
                 Step::Write => prop_assert!(writing.iter().any(|group| group.ready)),
                 Step::Wait => prop_assert!(reading.is_empty() && !writing.iter().any(|group| group.ready)),
             }

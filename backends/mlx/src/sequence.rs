@@ -2,14 +2,20 @@
 
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use mesh_core::{EngineError, Event, FinishReason, Landmarks, Timings, Usage};
+use mesh_core::{EngineError, Event, FinishReason, Follower, Landmarks, Timings, Usage};
 use mesh_graph::Cache;
 use tokio::sync::mpsc;
 
-use crate::{engine::Place, sampler::Sampler, schedule::Id};
+use crate::{
+    engine::Place,
+    group::Written,
+    sampler::{Mask, Sampler},
+    schedule::Id,
+};
 
 /// How long an answer may wait for a reader that does not read, before it is given up.
 const READER_PATIENCE: Duration = Duration::from_secs(30);
@@ -26,10 +32,18 @@ pub struct Sequence {
     pub prompt: usize,
     /// Most tokens to write.
     pub tokens_max: u32,
+    /// Tokens before which none is drawn that ends it.
+    pub tokens_min: u32,
     /// Tokens that end it.
-    pub eos: Vec<u32>,
+    pub eos: Arc<[u32]>,
+    /// Whether it goes on past those.
+    pub ignore_eos: bool,
     /// How tokens are chosen.
     pub sampler: Sampler,
+    /// Says which tokens keep to its grammar, if it has one. It has been told of every token that was written.
+    pub follower: Option<Box<dyn Follower>>,
+    /// How many of the likeliest tokens are reported with each, where it is reported how likely they were.
+    pub logprobs: Option<u32>,
     /// Points of the prompt worth remembering.
     pub landmarks: Landmarks,
     /// Where its events go.
@@ -60,12 +74,32 @@ pub struct Sequence {
 }
 
 /// Whether a sequence goes on after a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum After {
     /// It does.
     GoesOn,
     /// It does not.
-    Ends(FinishReason),
+    Ends(Ending),
+}
+
+/// How a sequence ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// With an answer.
+    Finished(FinishReason),
+    /// With an error of its own, for people.
+    Failed(String),
+}
+
+/// What may be written next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Anything.
+    Free,
+    /// Some tokens.
+    Only(Mask),
+    /// Nothing.
+    Ends(Ending),
 }
 
 impl Sequence {
@@ -74,15 +108,50 @@ impl Sequence {
         (self.tokens.len() - self.prompt) as u32
     }
 
+    /// Whether every token has to be read before the next is drawn, because that depends on it beyond what the device knows.
+    pub fn reads_first(&self) -> bool {
+        self.follower.is_some() || self.sampler.reads_first()
+    }
+
     /// Takes one more token, and tells of it.
-    pub fn take(&mut self, token: u32) -> After {
+    pub fn take(&mut self, token: Written) -> After {
+        let Written { id, logprob } = token;
         self.prefill.get_or_insert_with(|| self.started.elapsed());
-        self.tokens.push(token);
-        if self.eos.contains(&token) {
-            return After::Ends(FinishReason::Stop);
+        self.tokens.push(id);
+        if !self.ignore_eos && self.eos.contains(&id) {
+            return After::Ends(Ending::Finished(FinishReason::Stop));
         }
-        self.outlet.send(Event::Token { id: token, logprob: None });
-        if self.written() >= self.tokens_max { After::Ends(FinishReason::Length) } else { After::GoesOn }
+        if let Some(Err(what)) = self.follower.as_mut().map(|follower| follower.take(id)) {
+            return After::Ends(Ending::Failed(format!("token {id} does not keep to the answer's grammar: {what}")));
+        }
+        self.outlet.send(Event::Token { id, logprob });
+        match self.written() >= self.tokens_max {
+            true => After::Ends(Ending::Finished(FinishReason::Length)),
+            false => After::GoesOn,
+        }
+    }
+
+    /// What its grammar lets it write next, once all of its tokens are read.
+    ///
+    /// Where nothing but an end is left, it ends. Until then a sequence that is not to end, or not yet, does not.
+    pub fn next(&mut self, vocab_size: u32) -> Next {
+        let Some(follower) = &mut self.follower else { return Next::Free };
+        let allowed = match Mask::filled(vocab_size, |words| follower.allowed(words)) {
+            Ok(allowed) => allowed,
+            Err(what) => {
+                return Next::Ends(Ending::Failed(format!("the answer's grammar cannot be followed further: {what}")));
+            }
+        };
+        let goes_on = allowed.without(&self.eos);
+        if allowed.is_empty() {
+            let what = "the answer's grammar leaves no token that the model has, and not the end either";
+            return Next::Ends(Ending::Failed(what.into()));
+        }
+        if goes_on.is_empty() {
+            return Next::Ends(Ending::Finished(FinishReason::Stop));
+        }
+        let may_end = !self.ignore_eos && self.written() >= self.tokens_min;
+        Next::Only(if may_end { allowed } else { goes_on })
     }
 
     /// Ends it with an answer.

@@ -26,10 +26,12 @@ pub enum Doing {
     Remember,
     /// First tokens of a model that was just loaded.
     Load,
+    /// A chunk of texts that are turned into vectors.
+    Embed,
 }
 
 impl Doing {
-    const ALL: [Self; 5] = [Self::Read, Self::Write, Self::Recall, Self::Remember, Self::Load];
+    const ALL: [Self; 6] = [Self::Read, Self::Write, Self::Recall, Self::Remember, Self::Load, Self::Embed];
 
     fn words(self) -> &'static str {
         match self {
@@ -38,6 +40,7 @@ impl Doing {
             Self::Recall => "taking up a known prefix",
             Self::Remember => "remembering a prefix",
             Self::Load => "computing first tokens",
+            Self::Embed => "turning texts into vectors",
         }
     }
 }

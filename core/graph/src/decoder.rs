@@ -384,8 +384,11 @@ impl Ends {
         scale(&x, self.frame.embedding_multiplier)
     }
 
-    /// `[batch, time, hidden]` to logits.
+    /// `[batch, time, hidden]` to what is wanted of the pass.
     pub fn logits(&self, x: Array, rows: Rows, pass: &Pass) -> Result<Array, Exception> {
+        if rows == Rows::States {
+            return self.norm.forward_wide(&x.as_dtype(Dtype::Float32)?)?.as_dtype(Dtype::Float32);
+        }
         if let Some(head) = self.fused_head.as_ref().filter(|head| head.takes(pass)) {
             return head.forward(&x, pass);
         }

@@ -1,4 +1,4 @@
-//! What `mlx-rs` has no wrapper for, over `mlx-sys`: quantization modes, slices by bounds, and facts about the device.
+//! What `mlx-rs` has no wrapper for, over `mlx-sys`: quantization modes, slices by bounds, bits, and facts about the device.
 //! The only unsafe code of the crate, together with `kernels`.
 
 use std::{
@@ -151,6 +151,11 @@ pub fn dequantize(w: &Packed) -> Result<Array, Exception> {
             stream,
         )
     })
+}
+
+/// The bits that both have, of integers.
+pub fn bitwise_and(a: &Array, b: &Array) -> Result<Array, Exception> {
+    op("bitwise_and", |out, stream| unsafe { mlx_sys::mlx_bitwise_and(out, a.as_ptr(), b.as_ptr(), stream) })
 }
 
 /// `x[start..stop]` along every axis.

@@ -4,18 +4,21 @@ use mlx_rs::{Array, error::Exception};
 
 use crate::cache::{Cache, CacheKind};
 
-/// Which positions the logits are wanted for.
+/// What is wanted of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
-    /// Every position: `[batch, time, vocab]`.
+    /// Logits of every position: `[batch, time, vocab]`.
     All,
-    /// The last one: `[batch, 1, vocab]`. Saves the head's work over a long prompt.
+    /// Those of the last one: `[batch, 1, vocab]`. Saves the head's work over a long prompt.
     Last,
+    /// No logits, but every position's state after the last norm, in f32: `[batch, time, hidden]`.
+    States,
 }
 
 /// A causal language model. Lives and dies on the thread that built it.
 pub trait CausalModel {
-    /// Logits for `tokens` (`[batch, time]`, integers), which continue what `cache` holds; `cache` then holds them too.
+    /// Logits, or states, for `tokens` (`[batch, time]`, integers), which continue what `cache` holds; `cache` then holds
+    /// them too.
     ///
     /// Lazy: nothing is computed before the result, or the cache, is evaluated.
     fn forward(&self, tokens: &Array, cache: &mut Cache, rows: Rows) -> Result<Array, Exception>;

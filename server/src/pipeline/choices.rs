@@ -2,7 +2,7 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use futures::{Stream, StreamExt, stream::SelectAll};
@@ -13,7 +13,8 @@ use super::{AnswerStream, Finished, Part};
 
 type Numbered = Pin<Box<dyn Stream<Item = (u32, Result<Part, EngineError>)> + Send>>;
 
-/// The answers to one request, each part with the number of its answer. Dropping it cancels all of them.
+/// The answers to one request, each part with the number of its answer. The first error ends all of them, and dropping it
+/// cancels them.
 pub struct Choices(SelectAll<Numbered>);
 
 impl From<Vec<AnswerStream>> for Choices {
@@ -33,7 +34,11 @@ impl Stream for Choices {
     type Item = (u32, Result<Part, EngineError>);
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.poll_next_unpin(cx)
+        let part = ready!(self.0.poll_next_unpin(cx));
+        if matches!(part, Some((_, Err(_)))) {
+            self.0.clear();
+        }
+        Poll::Ready(part)
     }
 }
 

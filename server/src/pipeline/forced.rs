@@ -138,7 +138,7 @@ mod tests {
             deltas
         };
         let one = Delta::ToolCall { index: 0, name: "f".into(), arguments: "{\"a\":1}".into() };
-        assert_eq!(deltas("{\"name\": \"f\", \"arguments\": {\"a\": 1}}"), [one.clone()]);
+        assert_eq!(deltas("{\"name\": \"f\", \"arguments\": {\"a\": 1}}"), std::slice::from_ref(&one));
         let two = Delta::ToolCall { index: 1, name: "g".into(), arguments: "{}".into() };
         assert_eq!(deltas("[{\"name\": \"f\", \"arguments\": {\"a\": 1}}, {\"name\": \"g\"}]"), [one, two]);
         assert_eq!(deltas("{\"name\": \"f\""), [Delta::Malformed { text: "{\"name\": \"f\"".into() }]);

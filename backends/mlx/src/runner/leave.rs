@@ -1,6 +1,6 @@
 //! Who leaves, and what is remembered of them.
 
-use mesh_core::{EngineError, FinishReason};
+use mesh_core::EngineError;
 use mesh_graph::{Cache, memory};
 use mlx_rs::error::Exception;
 
@@ -9,13 +9,14 @@ use crate::{
     device::gate,
     group::Group,
     schedule::Id,
-    sequence::{Flow, Outlet, Sequence},
+    sequence::{Ending, Flow, Outlet, Sequence},
     watchdog::Doing,
 };
 
 impl Runner {
     /// Hands over what readers have room for, lets go of those who left, and keeps those who do not keep up apart.
     pub(super) fn see_who_left(&mut self) {
+        self.embeds.retain(|embed| !embed.is_given_up());
         self.leaving.retain_mut(|outlet| outlet.flush() == Flow::Blocked && outlet.has_backlog());
         let flows: Vec<(Id, Flow)> =
             self.sequences.iter_mut().map(|(id, sequence)| (*id, sequence.outlet.flush())).collect();
@@ -77,13 +78,20 @@ impl Runner {
         }
     }
 
-    pub(super) fn end(&mut self, group: &Group, row: usize, reason: FinishReason) {
+    pub(super) fn end(&mut self, group: &Group, row: usize, ending: Ending) {
         let Some(sequence) = self.sequences.remove(&group.rows[row]) else { return };
         match group.cache.select(&[row]) {
             Ok(cache) => self.remember(&sequence, &cache),
             Err(error) => tracing::warn!(request = sequence.job, "not remembered: {}", error.what()),
         }
-        self.leave(sequence.finish(reason));
+        let outlet = match ending {
+            Ending::Finished(reason) => sequence.finish(reason),
+            Ending::Failed(what) => {
+                tracing::warn!(request = sequence.job, "generation failed: {what}");
+                sequence.fail(EngineError::Failed { what: what.into() })
+            }
+        };
+        self.leave(outlet);
     }
 
     pub(super) fn leave(&mut self, mut outlet: Outlet) {

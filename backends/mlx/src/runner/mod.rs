@@ -1,11 +1,12 @@
 //! The engine's loop on the device thread: performs what [`schedule`] decides.
 
+mod embed;
 mod leave;
 mod read;
 mod write;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, atomic::Ordering},
     thread,
     time::{Duration, Instant},
@@ -17,7 +18,7 @@ use tokio::sync::mpsc::{Receiver, error::TryRecvError};
 
 use crate::{
     device::gate,
-    engine::{Shared, Work},
+    engine::{Generation, Shared, Work},
     group::Group,
     memory::{FreeMemory, Sizes},
     remember::Remembered,
@@ -26,6 +27,7 @@ use crate::{
     sequence::{Outlet, Sequence},
     watchdog::Doing,
 };
+use embed::Embedding;
 
 /// How long nobody has to come before remembered prefixes go to files: between the turns of a conversation there is less.
 const IDLE_BEFORE_SAVING: Duration = Duration::from_secs(2);
@@ -37,7 +39,7 @@ const READER_POLL: Duration = Duration::from_millis(2);
 pub struct Runner {
     model: Box<dyn CausalModel>,
     shared: Arc<Shared>,
-    eos: Vec<u32>,
+    eos: Arc<[u32]>,
     limits: Limits,
     /// Bytes for sequences at the last look: the limit, or less while other programs hold memory.
     memory_now: u64,
@@ -51,11 +53,14 @@ pub struct Runner {
     waiting: Vec<Id>,
     reading: Vec<Id>,
     writing: Vec<Group>,
+    /// Texts to be turned into vectors, those whose turn is next first.
+    embeds: VecDeque<Embedding>,
     /// What is over, and not yet taken by its reader.
     leaving: Vec<Outlet>,
     next_id: Id,
     chunks: u64,
     wrote_last: bool,
+    embedded_last: bool,
     /// Whether what files held at the start is in memory, as far as there is room.
     thawed: bool,
 }
@@ -87,7 +92,7 @@ impl Runner {
         Self {
             model,
             shared,
-            eos,
+            eos: eos.into(),
             memory_now: limits.memory_bytes,
             limits,
             footprint,
@@ -98,10 +103,12 @@ impl Runner {
             waiting: Vec::new(),
             reading: Vec::new(),
             writing: Vec::new(),
+            embeds: VecDeque::new(),
             leaving: Vec::new(),
             next_id: 0,
             chunks: 0,
             wrote_last: false,
+            embedded_last: false,
             thawed: false,
         }
     }
@@ -116,17 +123,25 @@ impl Runner {
             if self.shared.cancelled.load(Ordering::Relaxed) || self.shared.state.borrow().is_over() {
                 let all = std::mem::take(&mut self.sequences);
                 all.into_values().for_each(|sequence| drop(sequence.fail(EngineError::Stopped)));
+                self.embeds.drain(..).for_each(|embed| embed.answer(Err(EngineError::Stopped)));
                 return;
             }
             self.see_who_left();
             self.tell_positions();
             match self.decide() {
-                Step::Admit(id) => self.admit(id),
+                Step::Admit(id) => {
+                    self.embedded_last = false;
+                    self.admit(id);
+                }
                 Step::Preempt(id) => self.preempt(id),
                 Step::Read { id, tokens } => {
-                    self.wrote_last = false;
+                    (self.wrote_last, self.embedded_last) = (false, false);
                     self.chunks += 1;
                     self.read(id, tokens);
+                }
+                Step::Embed { tokens } => {
+                    (self.wrote_last, self.embedded_last) = (false, true);
+                    self.embed(tokens);
                 }
                 Step::Write => {
                     self.wrote_last = true;
@@ -212,7 +227,10 @@ impl Runner {
     }
 
     fn arrive(&mut self, work: Work) {
-        let Work { job, prompt, tokens_max, events, place } = work;
+        let Generation { job, prompt, tokens_max, events, place } = match work {
+            Work::Generate(generation) => *generation,
+            Work::Embed(vectors) => return self.embeds.push_back(Embedding::new(vectors)),
+        };
         let id = self.next_id;
         self.next_id += 1;
         let long = self.is_long(prompt.len());
@@ -222,8 +240,13 @@ impl Runner {
             prompt: prompt.len(),
             tokens: prompt,
             tokens_max,
-            eos: if job.ignore_eos { Vec::new() } else { self.eos.clone() },
-            sampler: Sampler::new(&job.sampling, self.model.vocab_size(), rand::random()),
+            tokens_min: job.tokens_min.unwrap_or(0),
+            eos: self.eos.clone(),
+            ignore_eos: job.ignore_eos,
+            sampler: Sampler::new(&job.sampling, self.model.vocab_size(), rand::random())
+                .with_least(job.tokens_min, &self.eos),
+            follower: job.constraint.and_then(|constraint| constraint.rules).map(|rules| rules.follow()),
+            logprobs: job.logprobs,
             landmarks: job.landmarks,
             outlet: Outlet::new(events),
             place: Some(place),
@@ -272,7 +295,9 @@ impl Runner {
             waiting: &waiting,
             reading: &reading,
             writing: &writing,
+            embedding: self.next_embedding(),
             wrote_last: self.wrote_last,
+            embedded_last: self.embedded_last,
             chunks: self.chunks,
             memory_bytes: self.limits.memory_bytes,
         };
@@ -281,8 +306,9 @@ impl Runner {
         let read = self.reading.iter().filter_map(|id| self.sequences.get(id)?.cache.as_ref());
         let read: u64 = read.map(|cache| self.footprint.bytes(cache.len() as u64)).sum();
         let held = read.saturating_add(self.written_bytes()).saturating_add(self.remembered.bytes());
+        let held = held.saturating_add(self.embedding_bytes());
         self.shared.held_bytes.store(held, Ordering::Relaxed);
-        if !waiting.is_empty() {
+        if !waiting.is_empty() || !self.embeds.is_empty() {
             self.memory_now = self.free_memory.limit(self.limits.memory_bytes, held);
             self.shared.memory_now.store(self.memory_now, Ordering::Relaxed);
         }

@@ -49,10 +49,12 @@ impl Runner {
         self.memory_now.saturating_sub(sequences).min(self.limits.remembered_bytes_max)
     }
 
-    /// Bytes that prompts take once they are read.
+    /// Bytes that prompts take once they are read, and texts once they are vectors.
     pub(super) fn read_bytes(&self) -> u64 {
         let reading = self.reading.iter().filter_map(|id| self.sequences.get(id));
-        reading.map(|sequence| self.footprint.bytes(sequence.tokens.len() as u64)).fold(0, u64::saturating_add)
+        let reading = reading.map(|sequence| self.footprint.bytes(sequence.tokens.len() as u64));
+        let embedding = self.next_embedding().map_or(0, |next| next.bytes);
+        reading.fold(embedding, u64::saturating_add)
     }
 
     pub(super) fn preempt(&mut self, id: Id) {

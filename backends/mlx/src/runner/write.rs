@@ -8,10 +8,10 @@ use mlx_rs::{Array, error::Exception, transforms};
 use super::Runner;
 use crate::{
     device::gate,
-    group::Group,
-    sampler,
+    group::{Group, Written},
+    sampler::{self, Drawn, Known, Mask},
     schedule::{self, Id},
-    sequence::{After, Sequence},
+    sequence::{After, Ending, Next, Sequence},
     watchdog::Doing,
 };
 
@@ -31,7 +31,10 @@ impl Runner {
                 true => self.settle(group),
                 false => Some(group),
             };
-            let group = group.and_then(|group| self.step(group));
+            let group = group.and_then(|group| match self.has_to_see_every_token(&group) {
+                true => self.step_by_sight(group),
+                false => self.step(group),
+            });
             // A first token goes out at once, rather than after another step was submitted.
             let group = match group {
                 Some(group) if self.somebody_has_nothing_yet(&group) => self.settle(group),
@@ -88,6 +91,11 @@ impl Runner {
             .any(|(length, (sequence, _))| !sequence.long && self.is_long(*length as usize + 1))
     }
 
+    /// Whether what somebody may draw depends on the token before, beyond what the device knows of it.
+    fn has_to_see_every_token(&self, group: &Group) -> bool {
+        group.rows.iter().any(|id| self.sequences.get(id).is_some_and(Sequence::reads_first))
+    }
+
     fn somebody_has_nothing_yet(&self, group: &Group) -> bool {
         group.rows.iter().any(|id| self.sequences.get(id).is_some_and(|sequence| sequence.prefill.is_none()))
     }
@@ -102,7 +110,7 @@ impl Runner {
         };
         match read {
             Ok(read) => {
-                let group = self.give_out(group, &read)?;
+                let group = self.give_out(group, read)?;
                 self.make_room(group)
             }
             Err(error) => {
@@ -145,15 +153,15 @@ impl Runner {
             let _gate = gate();
             let shared = self.shared.clone();
             let _doing = shared.doing(Doing::Write);
-            self.submit(&mut group).and_then(|next| {
+            self.logits(&mut group).and_then(|logits| {
+                let next = self.draw(&group, &logits, BTreeMap::new())?;
                 let read = group.read()?;
-                group.current = next;
-                group.unread.fill(true);
+                group.feed(next);
                 Ok(read)
             })
         };
         match stepped {
-            Ok(read) => self.give_out(group, &read),
+            Ok(read) => self.give_out(group, read),
             Err(error) => {
                 self.broke(&members, &error);
                 None
@@ -161,38 +169,107 @@ impl Runner {
         }
     }
 
-    fn submit(&mut self, group: &mut Group) -> Result<Array, Exception> {
-        let logits = self.model.forward(&group.current, &mut group.cache, Rows::Last)?;
+    /// The same where the draw has to know the token before: that is read while the device is at the next pass, and so
+    /// is what may follow it worked out.
+    fn step_by_sight(&mut self, mut group: Group) -> Option<Group> {
+        let members = group.rows.clone();
+        let shared = self.shared.clone();
+        let passed = {
+            let _gate = gate();
+            let _doing = shared.doing(Doing::Write);
+            // Or they would be waited for together with the pass.
+            group.submit().and_then(|()| {
+                let logits = self.logits(&mut group)?;
+                transforms::async_eval([&logits])?;
+                Ok((logits, group.read()?))
+            })
+        };
+        let drawn = passed.and_then(|(logits, read)| {
+            let mut ended = self.hand_over(&group, read);
+            let mut masks = BTreeMap::new();
+            let vocab_size = self.model.vocab_size();
+            for (row, id) in group.rows.iter().enumerate() {
+                if ended.iter().any(|(other, _)| *other == row) {
+                    continue;
+                }
+                match self.sequences.get_mut(id).map(|sequence| sequence.next(vocab_size)) {
+                    Some(Next::Only(mask)) => drop(masks.insert(*id, mask)),
+                    Some(Next::Ends(ending)) => ended.push((row, ending)),
+                    Some(Next::Free) | None => {}
+                }
+            }
+            if ended.len() < group.rows.len() {
+                let _gate = gate();
+                let _doing = shared.doing(Doing::Write);
+                // Those who ended leave after this: nobody reads what is drawn for them.
+                let next = self.draw(&group, &logits, masks)?;
+                group.feed(next);
+            }
+            Ok(ended)
+        });
+        match drawn {
+            Ok(ended) => self.let_go(group, ended),
+            Err(error) => {
+                self.broke(&members, &error);
+                None
+            }
+        }
+    }
+
+    /// The pass over everybody's last token, not yet evaluated.
+    fn logits(&self, group: &mut Group) -> Result<Array, Exception> {
+        self.model.forward(&group.current, &mut group.cache, Rows::Last)
+    }
+
+    /// Submits the draw of everybody's next token, within the masks that there are.
+    fn draw(&mut self, group: &Group, logits: &Array, mut masks: BTreeMap<Id, Mask>) -> Result<Drawn, Exception> {
         let mut samplers: BTreeMap<Id, &mut Sequence> =
             self.sequences.iter_mut().filter(|(id, _)| group.rows.contains(id)).map(|(id, one)| (*id, one)).collect();
         let mut rows = Vec::with_capacity(group.rows.len());
         for (id, unread) in group.rows.iter().zip(&group.unread) {
             let Some(sequence) = samplers.remove(id) else { return Err(Exception::custom("a row without a sequence")) };
-            let written = *unread || sequence.written() > 0;
-            rows.push(sampler::Row { sampler: &mut sequence.sampler, written });
+            let known = Known {
+                position: sequence.written() + u32::from(*unread),
+                losses: sequence.sampler.losses(&sequence.tokens),
+                mask: masks.remove(id),
+                logprobs: sequence.logprobs,
+            };
+            rows.push(sampler::Row { sampler: &mut sequence.sampler, known });
         }
-        let next = sampler::draw(&logits, &group.current, &mut rows)?;
-        transforms::async_eval([&next])?;
+        let next = sampler::draw(logits, &group.current, &mut rows)?;
+        transforms::async_eval(next.arrays())?;
         Ok(next)
     }
 
     /// Gives tokens that were read to whom they belong; who ends leaves the group.
-    fn give_out(&mut self, group: Group, read: &[Option<u32>]) -> Option<Group> {
+    fn give_out(&mut self, group: Group, read: Vec<Option<Written>>) -> Option<Group> {
+        let ended = self.hand_over(&group, read);
+        self.let_go(group, ended)
+    }
+
+    /// Gives tokens that were read to whom they belong; answers whose rows end, and how.
+    fn hand_over(&mut self, group: &Group, read: Vec<Option<Written>>) -> Vec<(usize, Ending)> {
         let mut ended = Vec::new();
-        for (row, token) in read.iter().enumerate() {
+        for (row, token) in read.into_iter().enumerate() {
             if let (Some(token), Some(sequence)) = (token, self.sequences.get_mut(&group.rows[row]))
-                && let After::Ends(reason) = sequence.take(*token)
+                && let After::Ends(ending) = sequence.take(token)
             {
-                ended.push((row, reason));
+                ended.push((row, ending));
             }
         }
+        ended
+    }
+
+    /// Ends some rows, and keeps the others.
+    fn let_go(&mut self, group: Group, ended: Vec<(usize, Ending)>) -> Option<Group> {
         if ended.is_empty() {
             return Some(group);
         }
-        for (row, reason) in &ended {
-            self.end(&group, *row, *reason);
+        let rows: Vec<usize> = ended.iter().map(|(row, _)| *row).collect();
+        for (row, ending) in ended {
+            self.end(&group, row, ending);
         }
-        self.keep_rows(group, |row| ended.iter().all(|(other, _)| *other != row))
+        self.keep_rows(group, |row| !rows.contains(&row))
     }
 
     pub(super) fn keep_rows(&mut self, group: Group, keep: impl Fn(usize) -> bool) -> Option<Group> {

@@ -190,7 +190,7 @@ impl ReasonedFollower {
             };
             return Ok(());
         }
-        if self.markers.content.is_empty() && (taken.len() != 0 || self.markers.open != [id]) {
+        if self.markers.content.is_empty() && (!taken.is_empty() || self.markers.open != [id]) {
             return self.take_content(id);
         }
         taken.push(id);

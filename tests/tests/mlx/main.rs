@@ -1,5 +1,8 @@
 //! The mlx backend keeps the engine contract, and generates what the goldens say.
 
+mod sampling;
+mod vectors;
+
 use std::{path::Path, sync::Arc, time::Duration};
 
 use conformance::{engine, shared::shared};
