@@ -5,17 +5,23 @@ use std::{pin::pin, time::Duration};
 use futures::{Stream, StreamExt};
 use warp::Buf;
 
-use crate::error::ApiError;
+use crate::{
+    error::ApiError,
+    record::{Record, body_bytes_max},
+};
 
-/// Longest body that is read, in bytes.
+/// Longest body that is read unless another bound is set, in bytes.
 pub const BODY_BYTES_MAX: u64 = 16 << 20;
 
 /// Most bytes of a body that is too long which are read and thrown away, so that the client gets to see the answer
 /// rather than a reset connection.
-const DISCARD_BYTES_MAX: u64 = 512 << 20;
+pub const DISCARD_BYTES_MAX: u64 = 512 << 20;
 
 /// Longest silence within a body.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Longest that a whole body may take, however steadily it comes.
+const BODY_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Reads the whole body, or says why not. `length` is what `content-length` announced; `waiting` is true for clients
 /// that wait to be told to go on (`expect: 100-continue`), whose body is not even asked for if it is too long.
@@ -24,26 +30,34 @@ pub async fn read<B: Buf>(
     waiting: bool,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Result<Vec<u8>, ApiError> {
-    let too_large = length.is_some_and(|length| length > BODY_BYTES_MAX);
+    let max = body_bytes_max();
+    let deadline = tokio::time::Instant::now() + BODY_TIMEOUT;
+    let too_large = length.is_some_and(|length| length > max);
     if too_large && (waiting || length.is_some_and(|length| length > DISCARD_BYTES_MAX)) {
-        return Err(ApiError::body_too_large(BODY_BYTES_MAX));
+        return Err(ApiError::body_too_large(max));
     }
     let mut body = pin!(body);
     let mut bytes = Vec::new();
     let mut seen = 0u64;
     loop {
-        let chunk = match tokio::time::timeout(SILENCE_MAX, body.next()).await {
-            Err(_) => return Err(ApiError::body_too_slow()),
-            Ok(None) if too_large || seen > BODY_BYTES_MAX => return Err(ApiError::body_too_large(BODY_BYTES_MAX)),
-            Ok(None) => return Ok(bytes),
-            Ok(Some(Err(_))) => return Err(ApiError::body_broken()),
-            Ok(Some(Ok(chunk))) => chunk,
-        };
+        let chunk =
+            match tokio::time::timeout_at(deadline.min(tokio::time::Instant::now() + SILENCE_MAX), body.next()).await {
+                Err(_) => return Err(ApiError::body_too_slow()),
+                Ok(None) if too_large || seen > max => return Err(ApiError::body_too_large(max)),
+                Ok(None) => {
+                    if let Some(record) = Record::current() {
+                        record.asked(&bytes);
+                    }
+                    return Ok(bytes);
+                }
+                Ok(Some(Err(_))) => return Err(ApiError::body_broken()),
+                Ok(Some(Ok(chunk))) => chunk,
+            };
         seen += chunk.remaining() as u64;
         if seen > DISCARD_BYTES_MAX {
-            return Err(ApiError::body_too_large(BODY_BYTES_MAX));
+            return Err(ApiError::body_too_large(max));
         }
-        if too_large || seen > BODY_BYTES_MAX {
+        if too_large || seen > max {
             bytes = Vec::new();
         } else {
             let mut chunk = chunk;

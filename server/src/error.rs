@@ -6,7 +6,10 @@ use mesh_core::{EngineError, Hint, SubmitError, TemplateError};
 use mesh_text::ConstraintError;
 use warp::{
     Reply,
-    http::{HeaderValue, StatusCode, header::RETRY_AFTER},
+    http::{
+        HeaderValue, StatusCode,
+        header::{RETRY_AFTER, WWW_AUTHENTICATE},
+    },
     reply::Response,
 };
 
@@ -29,6 +32,14 @@ pub struct ApiError {
 
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
+const UNAUTHENTICATED: &str = "authentication_error";
+
+/// Why a request was refused, for the log: beside the answer, since the message may quote what was sent.
+#[derive(Clone, Debug)]
+pub(crate) struct Refused {
+    pub code: Option<String>,
+    pub param: Option<String>,
+}
 
 impl ApiError {
     fn new(status: StatusCode, kind: &str, code: &str, message: impl Into<String>) -> Self {
@@ -135,6 +146,42 @@ impl ApiError {
         Self::invalid("body_incomplete", "the body could not be read to its end")
     }
 
+    /// The request says in no way, or in several, what it calls this server.
+    pub fn bad_host(what: &str) -> Self {
+        Self::invalid("bad_host", format!("the request has {what}; it has to have one, such as `host: localhost`"))
+    }
+
+    /// The request calls this server by a name that is not known to be its own.
+    pub fn foreign_host(host: &str) -> Self {
+        let host: String = host.chars().take(200).collect();
+        let message = format!(
+            "this server does not go by the name `{host}`; if it should, start it with --allow-host {host} (or `allow_hosts` in \
+             config.toml)"
+        );
+        Self::new(StatusCode::FORBIDDEN, INVALID, "host_not_allowed", message)
+    }
+
+    /// A page of another server asks.
+    pub fn foreign_page(origin: &str) -> Self {
+        let message = format!(
+            "pages from `{origin}` may not use this server; if they should, start it with --cors-origin {origin} (or \
+             `cors_origins` in config.toml)"
+        );
+        Self::new(StatusCode::FORBIDDEN, INVALID, "origin_not_allowed", message)
+    }
+
+    /// There is no key.
+    pub fn no_key() -> Self {
+        let message = "this server asks for an API key: send it as `authorization: Bearer KEY` or as `x-api-key: KEY`";
+        Self::new(StatusCode::UNAUTHORIZED, UNAUTHENTICATED, "missing_api_key", message)
+    }
+
+    /// The key is nobody's.
+    pub fn unknown_key() -> Self {
+        let message = "the API key is not one of this server's; ask whoever runs it for one";
+        Self::new(StatusCode::UNAUTHORIZED, UNAUTHENTICATED, "invalid_api_key", message)
+    }
+
     /// Anything that nobody foresaw.
     pub fn internal() -> Self {
         let message = "the server failed; its log says more";
@@ -164,11 +211,15 @@ impl ApiError {
     pub(crate) fn with_body(self, body: &impl serde::Serialize) -> Response {
         let mut response = warp::reply::json(body).into_response();
         *response.status_mut() = self.status;
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(after) = self.retry_after {
             // Rounded up, and never 0: clients take that as an invitation to try without end.
             let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
+        response.extensions_mut().insert(Refused { code: self.object.code, param: self.object.param });
         response
     }
 }

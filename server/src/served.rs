@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::SystemTime,
@@ -22,6 +22,7 @@ use tokio::sync::{OnceCell, Semaphore};
 use crate::{
     defaults::{self, Manner},
     lease::{Usage, Use},
+    metrics::Tally,
 };
 
 /// The name under which templates for conversations with tools are published.
@@ -54,6 +55,8 @@ pub struct ServedModel {
     pub(crate) preparing: Semaphore,
     answered: AtomicBool,
     pub(crate) usage: Usage,
+    /// Its name and its counts, where it has a slot.
+    tally: OnceLock<(String, Arc<Tally>)>,
     default_template: Result<Template, TemplateError>,
     tool_template: Option<Result<Template, TemplateError>>,
 }
@@ -179,6 +182,7 @@ impl ServedModel {
             preparing: Semaphore::new(PREPARING_MAX),
             answered: AtomicBool::new(false),
             usage: Usage::new(),
+            tally: OnceLock::new(),
             default_template: voice.default_template,
             tool_template: voice.tool_template,
         })
@@ -206,6 +210,16 @@ impl ServedModel {
     /// Whether any request was answered whole.
     pub(crate) fn has_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Counts it under `name` from now on.
+    pub(crate) fn count(&self, name: String, tally: Arc<Tally>) {
+        self.tally.set((name, tally)).ok();
+    }
+
+    /// The name it is served under, and its counts, where it has a slot.
+    pub(crate) fn tally(&self) -> Option<&(String, Arc<Tally>)> {
+        self.tally.get()
     }
 
     /// Who uses it.

@@ -86,9 +86,9 @@ fn a_failure_is_json_where_the_log_is() {
     let output = home.run(&["--backend", "abacus", "--port", "0", "--log-format", "json"]);
     let stderr = String::from_utf8(output.stderr).unwrap();
     let last: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
-    assert_eq!(last["level"], "ERROR");
-    assert_eq!(last["fields"]["exit"], 4);
-    assert!(last["fields"]["message"].as_str().unwrap().contains("abacus"), "{last}");
+    assert_eq!(last["SeverityText"], "ERROR");
+    assert_eq!(last["Attributes"]["exit"], 4);
+    assert!(last["Body"].as_str().unwrap().contains("abacus"), "{last}");
 }
 
 #[test]
@@ -240,4 +240,51 @@ fn a_model_is_served_until_a_signal_comes() {
     let mut rest = String::new();
     lines.for_each(|line| rest.push_str(&line));
     assert!(rest.contains("stopping"), "{rest}");
+}
+
+#[test]
+fn beyond_this_machine_a_key_is_asked_for_before_anything_is_loaded() {
+    let home = Home::new();
+    let refusal = home.refusal(&["--host", "0.0.0.0", "--port", "0", "--model", "./no/such/model"]);
+    assert!(refusal.contains("no API key") && refusal.contains("--insecure"), "{refusal}");
+    assert!(refusal.ends_with("exit code 2\n"), "{refusal}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_second_signal_ends_the_program_at_once() {
+    let Some(dir) = golden("qwen3") else { return };
+    let home = Home::new();
+    let server = home
+        .command(&["--model", &dir.to_string_lossy(), "--mlx", "--port", "0"])
+        .env("MESH_LLM_API_KEYS", "0123456789abcdef")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut server = Ended(server);
+    let mut lines = BufReader::new(server.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let url = lines.by_ref().find_map(|line| line.strip_prefix("listening on ").map(str::to_owned)).unwrap();
+    let id = libc::pid_t::try_from(server.0.id()).unwrap();
+    // SAFETY: sends a signal to a child that was not waited for yet, so that the id is still its own.
+    let signal = |signal| assert_eq!(unsafe { libc::kill(id, signal) }, 0);
+    let body = json!({ "model": "qwen3", "prompt": "hi", "stream": true, "ignore_eos": true });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let ask = || client.post(format!("{url}/v1/completions")).json(&body);
+        assert_eq!(ask().send().await.unwrap().status().as_u16(), 401);
+        // Nobody reads on, so that the answer is there for as long as the grace lasts.
+        let answer = ask().header("x-api-key", "0123456789abcdef").send().await.unwrap();
+        assert_eq!(answer.status().as_u16(), 200);
+        signal(libc::SIGTERM);
+        assert!(lines.by_ref().any(|line| line.starts_with("stopping")));
+        // The one that listens for the second may not be there yet.
+        while server.0.try_wait().unwrap().is_none() {
+            signal(libc::SIGINT);
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert_eq!(server.0.wait().unwrap().code(), Some(130));
+        drop(answer);
+    });
 }

@@ -5,6 +5,8 @@ use std::{net::IpAddr, path::PathBuf};
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::access::AccessArgs;
+
 /// Serves local language models over an OpenAI-compatible API
 #[derive(Debug, Parser)]
 #[command(
@@ -60,7 +62,7 @@ pub enum Command {
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
-    /// Form of the log on standard error
+    /// Form of the log on standard error: text, or lines of JSON with the names of OpenTelemetry
     #[arg(long, global = true, value_enum, default_value_t, value_name = "FORM")]
     pub log_format: LogFormat,
     /// Whether to use colors
@@ -193,6 +195,8 @@ pub struct ServeArgs {
     /// Unload models that nobody has used for so long
     #[arg(long, value_name = "SECONDS", help_heading = "Server", value_parser = clap::value_parser!(u64).range(1..))]
     pub idle_ttl: Option<u64>,
+    #[command(flatten)]
+    pub access: AccessArgs,
 }
 
 /// What is said of an amount of memory that is none.

@@ -13,7 +13,10 @@ use mesh_llm::defaults::{Manner, ReasoningField};
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
-use super::failure::{Exit, Failure};
+use super::{
+    access::AccessTable,
+    failure::{Exit, Failure},
+};
 
 /// Longest configuration file that is read, in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -48,6 +51,9 @@ pub struct Config {
     pub offline: Option<bool>,
     /// Directory for mirrored and imported models.
     pub cache: Option<PathBuf>,
+    /// Who may use the server.
+    #[serde(default)]
+    pub access: AccessTable,
     /// How models are presented to clients.
     #[serde(default)]
     pub api: ApiTable,
@@ -161,6 +167,16 @@ mod tests {
             ctx = 4096
             memory = 2147483648
             pin = true
+            [access]
+            key_file = "keys"
+            insecure = false
+            allow_hosts = ["box.lan"]
+            cors_origins = ["http://localhost:3000"]
+            tls_cert = "cert.pem"
+            tls_key = "key.pem"
+            max_body = "32MiB"
+            open_metrics = true
+            log_prompts = false
             [api]
             reasoning_field = "both"
             generation_config = false
@@ -171,6 +187,7 @@ mod tests {
         .unwrap();
         assert_eq!(config.backend.as_deref(), Some("auto"));
         assert_eq!((config.max_parallel, config.max_queue), (Some(8), Some(0)));
+        assert_eq!((config.access.max_body, config.access.open_metrics), (Some(ByteSize::mib(32)), true));
         assert_eq!(config.backends["llama-server"]["args"][1], "2");
         assert_eq!((config.memory, config.idle_ttl_s), (Some(ByteSize::gib(8)), Some(600)));
         let manner = Manner { reasoning_field: ReasoningField::Both, generation_config: false };

@@ -1,5 +1,6 @@
 //! The command line of mesh-llm. The only part that names backends and plugins.
 
+mod access;
 mod args;
 mod commands;
 mod config;

@@ -10,6 +10,7 @@ use std::{
 use console::style;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mesh_core::{Progress, ProgressSink, Stage};
+use mesh_llm::otel;
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
 use super::{
@@ -50,7 +51,7 @@ impl Output {
         // A second set-up in one process (tests) keeps the first.
         match args.log_format {
             LogFormat::Text => log.with_ansi(console::colors_enabled_stderr()).with_target(false).try_init().ok(),
-            LogFormat::Json => log.json().try_init().ok(),
+            LogFormat::Json => log.fmt_fields(otel::Json::fields()).event_format(otel::Json).try_init().ok(),
         };
         Self { bars, drawn }
     }

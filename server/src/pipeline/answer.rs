@@ -16,7 +16,7 @@ use super::{
     ledger::{Ledger, TokenText},
     prompt::Reader,
 };
-use crate::{lease::Lease, served::ServedModel};
+use crate::{lease::Lease, metrics::Watch, served::ServedModel};
 
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,7 @@ pub struct AnswerStream {
     ready: VecDeque<Part>,
     usage: Usage,
     stopped_by: Option<String>,
+    watch: Watch,
     ledger: Ledger,
     calls: u32,
     calls_max: Option<u32>,
@@ -126,6 +127,7 @@ impl AnswerStream {
             ready: echo.into_iter().collect(),
             usage: Usage { prompt_tokens: prompt_tokens.unwrap_or(0), ..Usage::default() },
             stopped_by: None,
+            watch: Watch::begin(&model),
             ledger: Ledger::new(logprobs, chars),
             calls: 0,
             malformed_calls: 0,
@@ -146,6 +148,7 @@ impl AnswerStream {
     }
 
     fn admit(&mut self, event: Event) {
+        self.watch.event(&event);
         if !matches!(event, Event::Queued { .. }) {
             self.hand_over = None;
         }
@@ -211,6 +214,7 @@ impl AnswerStream {
         if text.is_empty() {
             return;
         }
+        self.watch.text(text);
         let deltas = match &mut self.parser {
             Some(parser) => parser.push(text),
             None => vec![Delta::Content(text.to_owned())],
@@ -250,7 +254,7 @@ impl AnswerStream {
             _ => finish,
         };
         let tokens = self.ledger.rest();
-        self.ready.push_back(Part::Finished(Finished {
+        let finished = Finished {
             finish,
             usage: self.usage,
             timings,
@@ -259,7 +263,9 @@ impl AnswerStream {
             malformed_calls: self.malformed_calls,
             tokens,
             logprob_mean: self.ledger.logprob_mean(),
-        }));
+        };
+        self.watch.finished(&finished);
+        self.ready.push_back(Part::Finished(finished));
     }
 }
 
@@ -276,11 +282,15 @@ impl Stream for AnswerStream {
                 self.moving = None;
                 match moved {
                     Ok(next) => {
+                        self.watch.handed_on();
                         *self = next;
                         // The prompt that may stand in front was given already.
                         self.ready.clear();
                     }
-                    Err(error) => return Poll::Ready(Some(Err(error))),
+                    Err(error) => {
+                        self.watch.broke();
+                        return Poll::Ready(Some(Err(error)));
+                    }
                 }
                 continue;
             }
@@ -293,10 +303,12 @@ impl Stream for AnswerStream {
                         self.moving = Some(hand_over(self.model().clone()));
                         continue;
                     }
+                    self.watch.broke();
                     return Poll::Ready(Some(Err(error)));
                 }
                 None => {
                     self.events = None;
+                    self.watch.broke();
                     let what = "its events ended before the answer did".into();
                     return Poll::Ready(Some(Err(EngineError::Failed { what })));
                 }

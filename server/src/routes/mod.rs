@@ -83,7 +83,7 @@ fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
                 answer.await.unwrap_or_else(|error| {
                     // Not the message: it may quote what was sent.
                     let object = error.body().error;
-                    tracing::info!(
+                    tracing::debug!(
                         path,
                         status = error.status().as_u16(),
                         code = object.code,

@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::SlotPlan;
+use crate::metrics::Tally;
 
 /// Names that slots answer to. A model's own name goes to the first that has it.
 pub(super) type Taken = Arc<Mutex<BTreeSet<String>>>;
@@ -26,6 +27,8 @@ pub(super) struct Identity {
     pub share_bytes: Option<u64>,
     /// Whether it is loaded before anybody asks.
     pub at_start: bool,
+    /// What is counted of it, however often it is loaded.
+    pub tally: Arc<Tally>,
     /// The model's own name, once it was located; none if that goes to another slot.
     own: OnceLock<Option<String>>,
     taken: Taken,
@@ -47,6 +50,7 @@ impl Identity {
             pinned: plan.pinned,
             share_bytes: plan.share_bytes,
             at_start: plan.at_start,
+            tally: Arc::default(),
             own: OnceLock::new(),
             taken,
             served: AtomicBool::new(false),

@@ -41,6 +41,14 @@ pub enum Pool {
 impl Pool {
     const ALL: [Self; 2] = [Self::Ram, Self::Gpu];
 
+    /// Its name for programs, the one it is serialised as.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Ram => "ram",
+            Self::Gpu => "gpu",
+        }
+    }
+
     fn of(kind: DeviceKind) -> Self {
         match kind {
             DeviceKind::Cpu | DeviceKind::Metal | DeviceKind::External => Self::Ram,

@@ -29,7 +29,7 @@ pub use known::Known;
 pub use memory::{Pool, PoolUse, ROOM_WAIT_MAX};
 pub use start::{Locate, Observer, StartStep, Starter, StoreLocate};
 
-use crate::{lease::Lease, served::ServedModel};
+use crate::{lease::Lease, metrics::Tally, served::ServedModel};
 use identity::Identity;
 use known::Notes;
 use memory::{Memory, Peer};
@@ -63,6 +63,9 @@ pub enum SlotState {
 }
 
 impl SlotState {
+    /// All words that there are for states.
+    pub const WORDS: [&str; 6] = ["cold", "loading", "ready", "unloading", "failed", "stopped"];
+
     /// The state in a word.
     pub fn word(&self) -> &'static str {
         match self {
@@ -160,6 +163,11 @@ impl Slot {
     /// Memory that is set aside for it, in bytes.
     pub fn reserved_bytes(&self) -> u64 {
         self.memory.reserved_bytes(self.index)
+    }
+
+    /// What is counted of it.
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.identity.tally
     }
 
     /// True unless it should be loaded and is not: a model that was ready and was unloaded will be back when it is asked for.

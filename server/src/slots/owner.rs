@@ -160,7 +160,10 @@ async fn start(
     // One that is alone shares with nobody.
     let share_bytes = memory.is_shared().then_some(reservation.bytes);
     match starter.load(candidate, share_bytes).await {
-        Ok(model) => Ok(Serving { model, reservation }),
+        Ok(model) => {
+            model.count(identity.shown(), identity.tally.clone());
+            Ok(Serving { model, reservation })
+        }
         Err(error) => {
             reservation.give_back().await;
             Err(error)

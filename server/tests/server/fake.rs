@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use mesh_core::*;
 use mesh_llm::{
-    listen,
+    listen::{self, Options},
     slots::{Keeping, Locate, Slots, StartError, Starter},
     voting::Electorate,
 };
@@ -502,15 +502,21 @@ impl Server {
 
     /// A server for these slots, on a port of its own.
     pub async fn serve(fake: Arc<Fake>, slots: Slots) -> Self {
+        Self::serve_with(fake, slots, Options::default()).await
+    }
+
+    /// The same for a server that deals with its clients in another way.
+    pub async fn serve_with(fake: Arc<Fake>, slots: Slots, options: Options) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let scheme = if options.tls.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{}", listener.local_addr().unwrap());
         let (stop, stopped) = oneshot::channel::<()>();
         let served = slots.clone();
         let task = tokio::spawn(async move {
             let shutdown = async {
                 stopped.await.ok();
             };
-            listen::serve(listener, served, shutdown, Duration::from_secs(2)).await;
+            listen::serve_with(listener, served, options, shutdown, Duration::from_secs(2)).await;
         });
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         Self { fake, url, client, slots, stop: Some(stop), task }

@@ -12,12 +12,14 @@ use std::{
 
 use mesh_core::Hint;
 use mesh_llm::{
-    listen,
+    listen::{self, Options},
     slots::{Observer, Slot, SlotPlan, SlotState, Slots, StartStep},
+    tls::Tls,
 };
 use tokio::{net::TcpListener, sync::mpsc};
 
 use crate::cli::{
+    access,
     args::ServeArgs,
     failure::{Exit, Failure},
     output::{Output, bytes},
@@ -31,6 +33,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::limited(&args.environment, &args.limits)?;
     let kept = setting.kept(&args.model)?;
     let wanted = setting.address(args.host, args.port);
+    let options = access::options(&args.access, &setting.config.access, wanted.ip())?;
     // Bound before anything is loaded: a model takes its time, an address does not.
     let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
     let address = listener.local_addr().unwrap_or(wanted);
@@ -61,6 +64,8 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
         }
     });
 
+    let scheme = if options.tls.is_some() { "https" } else { "http" };
+    let key = if options.policy.keys.is_empty() { "" } else { " -H 'authorization: Bearer KEY'" };
     let failed = async {
         let mut starting: Vec<usize> =
             slots.iter().enumerate().filter(|(_, slot)| slot.at_start()).map(|(index, _)| index).collect();
@@ -79,7 +84,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
         if failures.len() >= slots.iter().count() {
             return failures.swap_remove(0);
         }
-        announce(output, address, &slots);
+        announce(output, address, scheme, key, &slots);
         // From here on a failure is the next request's to repair.
         while let Some((index, step)) = outcomes.recv().await {
             log(&slots, index, &step);
@@ -88,7 +93,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     };
     let outcome = tokio::select! {
         failure = failed => Err(failure),
-        () = serve(listener, slots.clone(), output) => Ok(()),
+        () = serve(listener, slots.clone(), options, output) => Ok(()),
     };
     load.abort();
     if outcome.is_err() {
@@ -97,16 +102,37 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     outcome
 }
 
-async fn serve(listener: TcpListener, slots: Slots, output: &Output) {
+async fn serve(listener: TcpListener, slots: Slots, options: Options, output: &Output) {
+    let reload = options.tls.clone().map(|tls| tokio::spawn(reload(tls)));
     let stop = async {
         interrupted().await;
         output.line("stopping; running answers have 30 s, a second signal ends at once");
         tokio::spawn(async {
             interrupted().await;
-            std::process::exit(130);
+            // SAFETY: plain exit; nothing is used afterwards. The destructors of C++ that a usual one runs do not survive it
+            // while the device works.
+            unsafe { libc::_exit(130) }
         });
     };
-    listen::serve(listener, slots, stop, GRACE).await;
+    listen::serve_with(listener, slots, options, stop, GRACE).await;
+    if let Some(reload) = reload {
+        reload.abort();
+    }
+}
+
+/// Reads certificates again whenever it is told to.
+async fn reload(tls: Tls) {
+    #[cfg(unix)]
+    if let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) {
+        while hangup.recv().await.is_some() {
+            match tls.reload() {
+                Ok(()) => tracing::info!("the certificates were read again"),
+                Err(error) => tracing::error!(%error, hint = error.hint(), "the certificates stay as they were"),
+            }
+        }
+    }
+    #[cfg(not(unix))]
+    drop(tls);
 }
 
 /// Returns on Ctrl-C or, where there is such a thing, a request to terminate.
@@ -182,14 +208,14 @@ fn log(slots: &Slots, index: usize, step: &StartStep) {
     }
 }
 
-fn announce(output: &Output, address: SocketAddr, slots: &Slots) {
-    output.line(format_args!("listening on http://{address}"));
+fn announce(output: &Output, address: SocketAddr, scheme: &str, key: &str, slots: &Slots) {
+    output.line(format_args!("listening on {scheme}://{address}"));
     let ready = |slot: &&Slot| matches!(slot.state(), SlotState::Ready(_));
     let model = slots.iter().find(ready).or(slots.iter().next()).map(Slot::name);
     let body = serde_json::json!({ "model": model, "messages": [{ "role": "user", "content": "Hello" }] });
     let body = body.to_string().replace('\'', r"'\''");
     output.line(format_args!(
-        "try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
+        "try: curl {scheme}://{}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'",
         reachable(address)
     ));
     let later: Vec<_> = slots.iter().filter(|slot| !slot.at_start()).map(Slot::name).collect();
