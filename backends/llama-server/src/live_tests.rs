@@ -9,8 +9,9 @@ use std::{
 
 use futures::StreamExt;
 use mesh_core::{
-    Engine, EngineError, EngineHandle, EngineState, Event, FinishReason, Host, InferenceBackend, Job, LoadError,
-    LoadPlan, ModelProfile, ProgressSink, Prompt, Sampling, SubmitError, Usage, Verdict,
+    Constraint, Dry, Engine, EngineError, EngineHandle, EngineState, Event, FinishReason, Grammar, Host,
+    InferenceBackend, Job, LoadError, LoadPlan, ModelProfile, ProgressSink, Prompt, Sampling, SubmitError, Usage,
+    Verdict, Xtc,
 };
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -235,7 +236,83 @@ async fn the_end_of_text_token_ends_and_special_tokens_are_not_text() {
     let went_on = answer(&engine, job(vec![9, 10], end, 9)).await;
     assert_eq!((went_on.1, went_on.2.completion_tokens), (FinishReason::Length, 9));
     let start = Sampling { logit_bias: [(1, 100.0)].into(), ..Sampling::greedy() };
-    assert_eq!(answer(&engine, job(vec![9, 10], start, 3)).await.0, "", "<|im_start|> is not rendered");
+    let start = job(vec![9, 10], start, 3);
+    assert_eq!(answer(&engine, start.clone()).await.0, "", "<|im_start|> is not rendered");
+    let shown = Job { shown: vec!["<|im_start|>".into(), "no such token".into()], ..start };
+    assert_eq!(answer(&engine, shown).await.0, "<|im_start|>".repeat(3), "unless it is asked for");
+}
+
+#[tokio::test]
+async fn probabilities_are_those_of_the_tokens_that_come() {
+    let Some((binary, shared)) = ready("probabilities_are_those_of_the_tokens_that_come") else { return };
+    let engine = load(&binary, shared.join("llama/model.gguf")).await;
+    let asked = Job { logprobs: Some(3), ..job(vec![9, 10], Sampling::greedy(), 12) };
+    let events: Vec<_> = engine.submit(asked).await.unwrap().collect().await;
+    let mut reported = 0;
+    for event in events {
+        let Event::Text { text, tokens, logprobs } = event.unwrap() else { continue };
+        assert!(logprobs.len() <= tokens as usize);
+        for one in logprobs {
+            reported += 1;
+            assert_eq!(one.top.len(), 3);
+            assert_eq!(one.top[0].id, one.chosen.id, "a greedy choice is the likeliest");
+            assert!(one.top.is_sorted_by(|a, b| a.logprob >= b.logprob) && one.chosen.logprob <= 0.0);
+            // What is no text by itself is replaced in the text.
+            if let Ok(own) = str::from_utf8(one.chosen.bytes.as_deref().unwrap()) {
+                assert!(text.ends_with(own), "{own:?} of {text:?}");
+            }
+        }
+    }
+    assert!(reported > 0, "nothing was reported");
+}
+
+#[tokio::test]
+async fn samplers_and_schemas_arrive() {
+    let Some((binary, shared)) = ready("samplers_and_schemas_arrive") else { return };
+    let engine = load(&binary, shared.join("llama/model.gguf")).await;
+    let text = async |sampling: Sampling| answer(&engine, job(vec![9, 10], sampling, 24)).await.0;
+    let hot = Sampling { temperature: Some(3.0), seed: Some(5), ..Sampling::default() };
+    let (greedy, drawn) = (text(Sampling::greedy()).await, text(hot.clone()).await);
+    assert_ne!(greedy, drawn);
+    assert_eq!(text(Sampling { typical_p: Some(1e-6), top_k: Some(1), ..hot.clone() }).await, greedy);
+    assert_ne!(text(Sampling { typical_p: Some(0.05), ..hot.clone() }).await, drawn, "typical_p");
+    let xtc = Some(Xtc { probability: 1.0, threshold: 0.0 });
+    assert_ne!(text(Sampling { xtc, ..hot.clone() }).await, drawn, "xtc");
+    let dry = Dry {
+        multiplier: 50.0,
+        base: 2.0,
+        allowed_length: 1,
+        last_n: None,
+        sequence_breakers: vec![],
+        breaker_ids: vec![],
+    };
+    let repeating = vec![9, 10, 11, 9, 10, 11, 9, 10];
+    let after = async |sampling| answer(&engine, job(repeating.clone(), sampling, 1)).await.0;
+    let pushed = Sampling { logit_bias: [(11, 20.0)].into(), ..Sampling::greedy() };
+    let repeats = after(pushed.clone()).await;
+    assert_ne!(after(Sampling { dry: Some(dry), ..pushed }).await, repeats, "dry");
+
+    let schema = json!({ "type": "object", "properties": { "ok": { "type": "boolean" } }, "required": ["ok"],
+        "additionalProperties": false });
+    for (grammar, seed) in [(Grammar::JsonSchema(Arc::new(schema)), 1), (Grammar::JsonObject, 2)] {
+        let constraint = Some(Constraint { grammar: grammar.clone(), rules: None });
+        let asked = Job {
+            constraint,
+            ignore_eos: false,
+            ..job(vec![9, 10], Sampling { seed: Some(seed), ..hot.clone() }, 200)
+        };
+        let (text, reason, _) = answer(&engine, asked).await;
+        match serde_json::from_str::<Value>(&text) {
+            Ok(value) => {
+                assert!(value.is_object() && (grammar == Grammar::JsonObject || value["ok"].is_boolean()), "{text}")
+            }
+            Err(_) => assert_eq!((reason, text.starts_with('{')), (FinishReason::Length, true), "{text}"),
+        }
+    }
+    let refused = Grammar::JsonSchema(Arc::new(json!({ "not": {} })));
+    let refused = Job { constraint: Some(Constraint { grammar: refused, rules: None }), ..job(vec![9], hot, 1) };
+    let Some(SubmitError::Grammar { what }) = engine.submit(refused).await.err() else { panic!("it was admitted") };
+    assert!(what.contains("`not`"), "{what}");
 }
 
 #[tokio::test]

@@ -153,8 +153,7 @@ pub(crate) struct Completion {
     pub dry_multiplier: f32,
     pub dry_base: f32,
     pub dry_allowed_length: u32,
-    /// −1 is the whole context.
-    pub dry_penalty_last_n: i64,
+    pub dry_penalty_last_n: u32,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub dry_sequence_breakers: Vec<String>,
     pub mirostat: u32,
@@ -172,6 +171,8 @@ pub(crate) struct Completion {
     pub post_sampling_probs: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub json_schema: Option<Arc<Value>>,
+    /// Special tokens that are part of the text. Each that is not a single token is passed over.
+    pub preserved_tokens: Vec<String>,
     pub stop: [&'static str; 0],
     /// The fields wanted of the last event, which would otherwise repeat the whole prompt.
     pub response_fields: [&'static str; 5],
@@ -207,7 +208,7 @@ impl Completion {
             dry_multiplier: dry.map_or(0.0, |dry| dry.multiplier),
             dry_base: dry.map_or(1.0, |dry| dry.base),
             dry_allowed_length: dry.map_or(0, |dry| dry.allowed_length),
-            dry_penalty_last_n: dry.and_then(|dry| dry.last_n).map_or(-1, i64::from),
+            dry_penalty_last_n: dry.and_then(|dry| dry.last_n).unwrap_or(context_tokens).min(context_tokens),
             dry_sequence_breakers: dry.map(breakers).unwrap_or_default(),
             mirostat: 0,
             repeat_last_n: if penalised(sampling) { context_tokens } else { 0 },
@@ -226,6 +227,7 @@ impl Completion {
                 // Not among this engine's capabilities.
                 Grammar::Regex(_) | Grammar::Lark(_) => None,
             }),
+            preserved_tokens: job.shown.clone(),
             stop: [],
             response_fields: ["content", "stop", "stop_type", "tokens_predicted", "timings"],
         }
@@ -374,7 +376,7 @@ mod tests {
                 "samplers": ["penalties", "dry", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
                 "temperature": 1.0, "dynatemp_range": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0,
                 "top_n_sigma": -1.0, "xtc_probability": 0.0, "xtc_threshold": 1.0, "dry_multiplier": 0.0, "dry_base": 1.0,
-                "dry_allowed_length": 0, "dry_penalty_last_n": -1, "n_probs": 0, "post_sampling_probs": false, "mirostat": 0,
+                "dry_allowed_length": 0, "dry_penalty_last_n": 64, "n_probs": 0, "post_sampling_probs": false, "preserved_tokens": [], "mirostat": 0,
                 "repeat_last_n": 0, "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
                 "seed": -1, "logit_bias": [], "ignore_eos": false, "stop": [],
                 "response_fields": ["content", "stop", "stop_type", "tokens_predicted", "timings"],
@@ -400,7 +402,7 @@ mod tests {
                 multiplier: 0.5,
                 base: 1.75,
                 allowed_length: 3,
-                last_n: Some(100),
+                last_n: Some(50),
                 sequence_breakers: vec![],
                 breaker_ids: vec![],
             }),
@@ -418,7 +420,7 @@ mod tests {
             ("dry_multiplier", json!(0.5)),
             ("dry_base", json!(1.75)),
             ("dry_allowed_length", json!(3)),
-            ("dry_penalty_last_n", json!(100)),
+            ("dry_penalty_last_n", json!(50)),
             ("dry_sequence_breakers", json!(["\u{10ffff}"])),
             ("seed", json!(42)),
             ("repeat_penalty", json!(1.5)),

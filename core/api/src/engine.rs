@@ -49,6 +49,8 @@ pub struct Job {
     pub logprobs: Option<u32>,
     /// What the answer has to be.
     pub constraint: Option<Constraint>,
+    /// Special tokens that engines whose output form is text show in it; others are left out.
+    pub shown: Vec<String>,
     /// Where other prompts are likely to part from this one.
     pub landmarks: Landmarks,
 }
@@ -76,6 +78,7 @@ impl Job {
             ignore_eos: false,
             logprobs: None,
             constraint: None,
+            shown: Vec::new(),
             landmarks: Landmarks::default(),
         }
     }

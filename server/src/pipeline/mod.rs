@@ -170,6 +170,7 @@ pub async fn open_all(model: Lease, asks: Vec<Ask>) -> Result<Vec<AnswerStream>,
         job.prompt = prepared.prompt;
         job.landmarks = prepared.landmarks;
         job.constraint = prepared.constraint;
+        job.shown = prepared.reader.as_ref().map(prompt::ReaderPlan::shown).unwrap_or_default();
         if let Some(dry) = &mut job.sampling.dry {
             dry.breaker_ids = prepared.breaker_ids;
         }

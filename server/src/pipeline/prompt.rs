@@ -41,6 +41,11 @@ pub struct ReaderPlan {
 }
 
 impl ReaderPlan {
+    /// Special tokens that the reader has to see.
+    pub fn shown(&self) -> Vec<String> {
+        self.dialect.markers(&self.context).iter().map(|marker| (*marker).to_owned()).collect()
+    }
+
     /// What reads one answer.
     pub fn reader(&self) -> Reader {
         let parser = self.dialect.parser(&self.context);
