@@ -351,6 +351,12 @@ pub struct BenchArgs {
     /// Seed of random weights
     #[arg(long, value_name = "NUMBER", help_heading = "Bench", default_value_t = 0, requires = "shape")]
     pub seed: u64,
+    /// Answers have to match this regular expression, in the tokens of --tokenizer: what constraints cost
+    #[arg(long, value_name = "REGEX", help_heading = "Bench", requires = "tokenizer", requires = "shape")]
+    pub constrain: Option<String>,
+    /// The tokenizer.json whose vocabulary --constrain is about; no larger than the shape's
+    #[arg(long, value_name = "PATH", help_heading = "Bench", requires = "constrain")]
+    pub tokenizer: Option<PathBuf>,
     /// Measure a shape with MLX's plain operations alone, no kernels of our own
     #[arg(long, help_heading = "Bench", requires = "shape")]
     pub no_kernels: bool,

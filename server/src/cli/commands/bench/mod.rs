@@ -1,5 +1,6 @@
 //! `mesh-llm bench`: how fast a model, or the shape of one, reads and writes.
 
+mod constrained;
 mod report;
 
 use std::sync::Arc;
@@ -38,17 +39,22 @@ pub async fn run(args: BenchArgs, output: &Output) -> Result<(), Failure> {
         vocab_size,
     };
     take_peak_bytes();
+    let constrained = match (&args.constrain, &args.tokenizer) {
+        (Some(regex), Some(path)) => Some(constrained::Constrained::by_regex(&*handle, path, regex)?),
+        _ => None,
+    };
+    let engine: &dyn Engine = constrained.as_ref().map_or(&*handle, |engine| engine);
     let measured = match (&args.streams[..], args.behind, args.conversation) {
         (_, Some(tokens), _) => {
-            measure_behind(&*handle, workload, tokens).await.map(|runs| report::behind(tokens, &runs))
+            measure_behind(engine, workload, tokens).await.map(|runs| report::behind(tokens, &runs))
         }
         (_, _, Some(turns)) => {
             let conversation =
                 Conversation { turns, tokens: args.prompt_tokens, answer_tokens: args.generate_tokens, vocab_size };
-            measure_conversation(&*handle, conversation).await.map(report::conversation)
+            measure_conversation(engine, conversation).await.map(report::conversation)
         }
-        ([], ..) => measure(&*handle, workload).await.map(|runs| report::runs(&runs)),
-        (streams, ..) => crowds(&*handle, workload, streams).await,
+        ([], ..) => measure(engine, workload).await.map(|runs| report::runs(&runs)),
+        (streams, ..) => crowds(engine, workload, streams).await,
     };
     let peak = (handle.backend.id == MLX).then(take_peak_bytes).filter(|peak| *peak > 0);
     handle.drain(GRACE).await;
