@@ -4,6 +4,7 @@
 //!
 //! - [`openai`], [`anthropic`]: the wire formats.
 //! - [`routes`], [`body`], [`sse`], [`error`], [`listen`]: HTTP.
+//! - [`page`]: the page at `/`.
 //! - [`running`]: what can be cancelled.
 //! - [`pipeline`]: the walk of a request.
 //! - [`measure`]: how fast an engine is.
@@ -18,6 +19,7 @@ pub mod lease;
 pub mod listen;
 pub mod measure;
 pub mod openai;
+pub mod page;
 pub mod pipeline;
 pub mod routes;
 pub mod running;

@@ -14,7 +14,7 @@ use mesh_core::{
     Thinking, UnknownName,
 };
 use mesh_text::{
-    ConstraintError, Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, Vocabulary, dialects,
+    ConstraintError, Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, Vocabulary, choice, dialects,
     tokenizer::DecoderOptions,
 };
 use tokio::sync::{OnceCell, Semaphore};
@@ -23,9 +23,6 @@ use crate::{
     defaults::{self, Manner},
     lease::{Usage, Use},
 };
-
-/// The dialect of models that no family speaks for: text as it comes.
-const PLAIN_DIALECT: &str = "plain";
 
 /// The name under which templates for conversations with tools are published.
 const TOOL_TEMPLATE: &str = "tool_use";
@@ -106,9 +103,19 @@ impl Voice {
     /// model: text completions need none.
     pub fn of(profile: &ModelProfile, family: Option<&'static dyn ModelFamily>) -> Result<Self, VoiceError> {
         let conventions = family.map(ModelFamily::conventions);
-        let dialect = dialects()?.get(conventions.map_or(PLAIN_DIALECT, |conventions| conventions.dialect))?;
         let own = profile.chat_template.as_ref();
         let fallback = conventions.and_then(|conventions| conventions.fallback_template);
+        let sources: Vec<&str> = match own {
+            Some(own) => {
+                let tool_use = own.value.named.get(TOOL_TEMPLATE).map(String::as_str);
+                tool_use.into_iter().chain([own.value.default.as_str()]).collect()
+            }
+            None => fallback.into_iter().collect(),
+        };
+        let choice = choice::choose(dialects()?, conventions.map(|conventions| conventions.dialect), &sources)?;
+        tracing::info!(model = %profile.name, dialect = choice.dialect.id(), why = %choice.why, "reading its answers");
+        let thinking = conventions.map_or(Thinking::Fixed, |conventions| conventions.thinking);
+        let thinking = choice::thinking(thinking, &sources);
         let default_template = match (own, fallback) {
             (Some(own), _) => {
                 tracing::info!(model = %profile.name, source = %own.source, "using the model's chat template");
@@ -134,8 +141,7 @@ impl Voice {
         }
         let tool_template =
             own.and_then(|own| own.value.named.get(TOOL_TEMPLATE)).map(|source| Template::compile(source));
-        let thinking = conventions.map_or(Thinking::Fixed, |conventions| conventions.thinking);
-        Ok(Self { thinking, dialect, default_template, tool_template })
+        Ok(Self { thinking, dialect: choice.dialect, default_template, tool_template })
     }
 }
 

@@ -9,13 +9,15 @@ use std::sync::OnceLock;
 use mesh_core::registry::{Registry, RegistryError};
 use serde::Serialize;
 
+use crate::tools::Tools;
+
 /// What a parser has to know about the request it reads the answer of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ParserContext {
     /// The prompt ends inside a reasoning block, so that the answer begins there. [`Dialect::opens_reasoning`] tells.
     pub prompt_opens_reasoning: bool,
-    /// The request offers tools. Without them, text that looks like a call is content.
-    pub tools: bool,
+    /// The tools that the request offers. Without any, text that looks like a call is content.
+    pub tools: Tools,
 }
 
 /// A piece of an answer.
@@ -105,12 +107,27 @@ pub trait Dialect: Send + Sync {
         None
     }
 
+    /// Whether a chat template's text shows that its model speaks this dialect.
+    fn evidence(&self, template: &str) -> Option<Evidence> {
+        let _ = template;
+        None
+    }
+
     /// Tokens that the parser has to see in the text even where the tokenizer calls them special:
     /// [`DecoderOptions::keep`](crate::DecoderOptions::keep).
     fn markers(&self, context: &ParserContext) -> &'static [&'static str] {
         let _ = context;
         &[]
     }
+}
+
+/// What in a template speaks for a dialect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Evidence {
+    /// It writes reasoning between markers that the dialect reads; here is one.
+    Reasoning(&'static str),
+    /// It writes tool calls in the dialect's form; here is what shows it.
+    Calls(&'static str),
 }
 
 /// A dialect's registration; made by [`register_dialect!`](crate::register_dialect).

@@ -118,6 +118,33 @@ fn slices_and_methods_work_as_in_python() {
 }
 
 #[test]
+fn filters_mean_what_they_mean_in_jinja() {
+    prints(&[
+        ("nothing | default('x') ~ n | default('x') ~ n | default('x', true)", "xNonex"),
+        ("n | default('x', boolean=true) ~ '' | d(default_value='y', boolean=true)", "xy"),
+        ("nothing | default ~ '|'", "|"),
+        (
+            "'3' | int ~ '|' ~ '3.7' | int ~ '|' ~ 'x' | int ~ '|' ~ 'x' | int(7) ~ '|' ~ n | int(default=8)",
+            "3|3|0|7|8",
+        ),
+        (
+            "' -12 ' | int ~ '|' ~ '0x1f' | int(base=16) ~ '|' ~ '+1_0' | int ~ '|' ~ '--1' | int ~ '|' ~ '-+1' | int",
+            "-12|31|10|0|0",
+        ),
+        ("3.9 | int ~ '|' ~ (-3.9) | int ~ '|' ~ t | int ~ '|' ~ d | int", "3|-3|1|0"),
+        ("'3.5' | float ~ '|' ~ 'x' | float ~ '|' ~ 3 | float ~ '|' ~ 'x' | float(1.5)", "3.5|0.0|3.0|1.5"),
+        ("'<a href=\"x\">it\\'s & /' | e", "&lt;a href=&#34;x&#34;&gt;it&#39;s &amp; /"),
+        ("' a b\tc ' | wordcount", "3"),
+        ("'Ab'.swapcase() ~ 'it\\'s a-b2c'.title()", "aBIt'S A-B2C"),
+        ("'ab'.center(5) ~ '|' ~ 'abc'.center(6) ~ '|' ~ 'abc'.center(6, '*')", "  ab | abc  |*abc**"),
+        ("'ab'.ljust(4) ~ '|' ~ 'ab'.rjust(4, '.') ~ '|' ~ '-7'.zfill(4) ~ '|' ~ '7'.zfill(1)", "ab  |..ab|-007|7"),
+    ]);
+    for source in ["{{ 'a'.center(5, 'xy') }}", "{{ 'a' | int(base=1) }}", "{{ 'a' | default(foo=1) }}"] {
+        assert!(matches!(try_render(source, json!({})), Err(TemplateError::Failed { .. })), "{source}");
+    }
+}
+
+#[test]
 fn tests_mean_what_they_mean_in_jinja() {
     let mut cases = Vec::new();
     for (test, holds_for) in [
@@ -236,6 +263,7 @@ fn hostile_templates_end() {
         "{{ ('a' * 9999999).replace('a', 'b' * 99999) }}",
         "{{ strftime_now('%c' * 9999999) }}",
         "{{ 'x' | center(999999999999) }}",
+        "{{ 'x'.center(999999999999) ~ 'x'.zfill(99999999) }}",
         "{{ '%999999999999d' | format(1) }}",
         "{{ '{:999999999999}'.format(1) }}",
         "{{ '{x:.999999999999f}'.format(x=1.5) }}",

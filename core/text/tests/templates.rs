@@ -1,4 +1,5 @@
-//! Every published template in ../shared/templates renders byte for byte what transformers renders.
+//! Every published template in ../shared/templates renders byte for byte what transformers renders. `TEMPLATES_DIR` names
+//! another folder of the same form, which has to be there.
 
 use std::{collections::BTreeMap, env, fs, path::PathBuf};
 
@@ -40,8 +41,20 @@ impl Corpus {
     }
 }
 
+/// Names a folder to be read instead of the shared one.
+const FOLDER: &str = "TEMPLATES_DIR";
+
 fn corpus() -> Option<Vec<(PathBuf, Corpus)>> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/templates");
+    let workspace = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let root = match env::var_os(FOLDER) {
+        Some(folder) => {
+            // Cargo runs tests in their crate's folder; a relative path counts from where the command was given.
+            let root = workspace.join(folder);
+            assert!(root.is_dir(), "{FOLDER}: {} is not there", root.display());
+            root
+        }
+        None => workspace.join("../shared/templates"),
+    };
     let Ok(entries) = fs::read_dir(&root) else {
         assert!(env::var_os("CI").is_none(), "{}: not there", root.display());
         println!("skipped: templates ({} is not there)", root.display());
@@ -52,10 +65,12 @@ fn corpus() -> Option<Vec<(PathBuf, Corpus)>> {
         .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
         .map(|path| {
             let text = fs::read_to_string(&path).expect("readable");
-            let corpus: Corpus = serde_json::from_str(&text).expect("a corpus file");
+            let corpus: Corpus =
+                serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             (path, corpus)
         })
         .collect();
+    assert!(!all.is_empty(), "{}: no conversations", root.display());
     all.sort_by(|a, b| a.0.cmp(&b.0));
     Some(all)
 }
@@ -103,7 +118,10 @@ fn every_template_renders_as_in_transformers() {
     }
     println!("{good} of {total} cases, {} templates", table.len());
     assert_eq!(good, total);
-    assert!(table.len() >= 43 && total >= 43 * 19, "{} templates, {total} cases", table.len());
+    assert!(total > 0, "no conversations");
+    if env::var_os(FOLDER).is_none() {
+        assert!(table.len() >= 43 && total >= 43 * 19, "{} templates, {total} cases", table.len());
+    }
 }
 
 /// Cases where transformers fails by a quirk of Python, and a sensible rendering is accepted. Each says why, and what
@@ -116,10 +134,10 @@ enum Quirk {
     SerializesGenerator,
 }
 
-const QUIRKS: &[(&str, &str, Quirk)] = &[
-    ("NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use.jinja", "'NoneType' object is not iterable", Quirk::IteratesNone),
-    ("LFM2.5-8B-A1B.jinja", "'NoneType' object is not iterable", Quirk::IteratesNone),
-    ("llama-cpp-deepseek-r1.jinja", "Object of type generator is not JSON serializable", Quirk::SerializesGenerator),
+/// How such an error ends.
+const QUIRKS: &[(&str, Quirk)] = &[
+    ("'NoneType' object is not iterable", Quirk::IteratesNone),
+    ("Object of type generator is not JSON serializable", Quirk::SerializesGenerator),
 ];
 
 /// What the template itself refuses has to arrive in its own words; what Python refuses, as a failure, or as one of the
@@ -132,14 +150,14 @@ fn wrong_error(
     template: &Template,
 ) -> Option<String> {
     if let Ok(text) = got {
-        let quirk = QUIRKS.iter().find(|(name, error, _)| *name == corpus.template && expected.ends_with(error));
+        let quirk = QUIRKS.iter().find(|(error, _)| expected.ends_with(error));
         return match quirk {
-            Some((.., Quirk::IteratesNone)) => {
+            Some((_, Quirk::IteratesNone)) => {
                 let plain = without_none(case);
                 let plain = template.render(&corpus.input(&plain));
                 (plain.as_ref() != Ok(text)).then(|| format!("rendered {text:?}, without None {plain:?}"))
             }
-            Some((.., Quirk::SerializesGenerator)) => {
+            Some((_, Quirk::SerializesGenerator)) => {
                 let tools = case.tools.iter().flat_map(|tools| tools.as_array().expect("a list"));
                 let mut names = tools.map(|tool| format!("\"name\": {}", tool["function"]["name"]));
                 let missing = names.find(|name| !text.contains(name));

@@ -20,6 +20,19 @@ pub fn read_all(text: &str) -> Option<Vec<(String, String)>> {
     (!calls.is_empty()).then_some(calls)
 }
 
+/// Reads one call, or a list of several.
+pub fn read_list(json: &str) -> Option<Vec<(String, String)>> {
+    match serde_json::from_str(json).ok()? {
+        Value::Array(calls) => calls.into_iter().map(read_value).collect(),
+        call => Some(vec![read_value(call)?]),
+    }
+}
+
+/// Reads arguments: a JSON object.
+pub fn read_arguments(json: &str) -> Option<String> {
+    Some(Value::Object(serde_json::from_str::<Map<String, Value>>(json).ok()?).to_string())
+}
+
 fn read_value(value: Value) -> Option<(String, String)> {
     let Value::Object(mut call) = value else { return None };
     let name = match call.get("name") {
@@ -35,24 +48,9 @@ fn read_value(value: Value) -> Option<(String, String)> {
     Some((name, Value::Object(arguments).to_string()))
 }
 
-/// Whether JSON that stops here stops inside a string.
-pub fn ends_inside_string(json: &str) -> bool {
-    let mut inside = false;
-    let mut escaped = false;
-    for byte in json.bytes() {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if inside => escaped = true,
-            b'"' => inside = !inside,
-            _ => {}
-        }
-    }
-    inside
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{ends_inside_string, read, read_all};
+    use super::{read, read_all, read_list};
 
     #[test]
     fn reads_the_forms_models_write() {
@@ -68,13 +66,8 @@ mod tests {
         assert_eq!(read_all(r#"{"name": "f"}; {"name": "g"}"#).map(|calls| calls.len()), Some(2));
         assert_eq!(read_all(r#"{"name": "f"} and"#), None);
         assert_eq!(read_all(" "), None);
-    }
-
-    #[test]
-    fn strings_are_followed() {
-        assert!(ends_inside_string(r#"{"a": "b"#));
-        assert!(ends_inside_string(r#"{"a": "b\""#));
-        assert!(!ends_inside_string(r#"{"a": "b\\""#));
-        assert!(!ends_inside_string("{"));
+        assert_eq!(read_list(r#"[{"name": "f"}, {"name": "g"}]"#).map(|calls| calls.len()), Some(2));
+        assert_eq!(read_list(r#"{"name": "f"}"#).map(|calls| calls.len()), Some(1));
+        assert_eq!(read_list(r#"[{"name": "f"}, 1]"#), None);
     }
 }

@@ -1,15 +1,34 @@
 //! What holds for every dialect, as a function over `&dyn Dialect`.
 
-use mesh_text::{Answer, Delta, Dialect, ParserContext, assemble};
+use mesh_text::{Answer, Delta, Dialect, ParserContext, Tools, assemble};
 use proptest::{prelude::*, test_runner::TestRunner};
+use serde_json::json;
 
-/// Every context a parser can be made for.
-pub const CONTEXTS: [ParserContext; 4] = [
-    ParserContext { prompt_opens_reasoning: false, tools: false },
-    ParserContext { prompt_opens_reasoning: false, tools: true },
-    ParserContext { prompt_opens_reasoning: true, tools: false },
-    ParserContext { prompt_opens_reasoning: true, tools: true },
-];
+/// A request that offers `f` and `g`, whose parameters are described, and `h`, of which nothing is known.
+pub fn tools() -> ParserContext {
+    let parameters = json!({
+        "type": "object",
+        "properties": {
+            "a": {"type": "string"},
+            "n": {"type": "integer"},
+            "x": {"type": "number"},
+            "yes": {"type": "boolean"},
+            "list": {"type": "array", "items": {"type": "string"}},
+            "deep": {"type": "object", "properties": {"n": {"type": "integer"}, "a": {"type": "string"}}},
+            "maybe": {"type": ["string", "null"]},
+            "any": {},
+        },
+    });
+    let tool = |name: &str| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
+    let tools = Tools::of(&[tool("f"), tool("g"), json!({"type": "function", "function": {"name": "h"}})]);
+    ParserContext { prompt_opens_reasoning: false, tools }
+}
+
+/// Every kind of context a parser can be made for.
+pub fn contexts() -> [ParserContext; 4] {
+    let opened = |context: ParserContext| ParserContext { prompt_opens_reasoning: true, ..context };
+    [ParserContext::default(), tools(), opened(ParserContext::default()), opened(tools())]
+}
 
 /// The deltas of an answer that arrives in these pieces.
 pub fn deltas<'a>(
@@ -58,7 +77,7 @@ pub fn check(dialect: &dyn Dialect, fragments: &[&str]) {
         let mut cuts: Vec<usize> = cuts.iter().map(|cut| boundaries[cut.index(boundaries.len())]).collect();
         cuts.extend([0, text.len()]);
         cuts.sort_unstable();
-        for context in CONTEXTS {
+        for context in contexts() {
             let whole = assemble(deltas(dialect, &context, [text.as_str()]));
             let cut = deltas(dialect, &context, cuts.windows(2).map(|pair| &text[pair[0]..pair[1]]));
             let mut calls = 0;
@@ -76,7 +95,10 @@ pub fn check(dialect: &dyn Dialect, fragments: &[&str]) {
             }
             prop_assert_eq!(&assemble(cut), &whole, "{:?} {:?}", context, text);
             let mut all = format!("{}{}", whole.reasoning, whole.content);
-            whole.tool_calls.iter().for_each(|call| all.push_str(&call.arguments));
+            whole
+                .tool_calls
+                .iter()
+                .for_each(|call| all.extend([" ", call.name.as_str(), " ", call.arguments.as_str()]));
             for word in &words {
                 prop_assert_eq!(all.matches(word.as_str()).count(), 1, "{:?} {:?} {}", context, text, word);
             }
@@ -90,7 +112,14 @@ pub fn check(dialect: &dyn Dialect, fragments: &[&str]) {
 fn every_dialect_is_registered() {
     let dialects = mesh_text::dialects().unwrap();
     assert_eq!(dialects.len(), crate::linked());
-    assert_eq!(dialects.ids(), ["hermes", "llama3_json", "plain", "think"]);
-    let unknown = dialects.get("harmony").map(|_| ()).unwrap_err();
-    assert_eq!(unknown.to_string(), "no dialect is called `harmony`; there are: hermes, llama3_json, plain, think");
+    let files = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap();
+    let shared = ["call", "calls", "contract", "lib", "python", "reasoning", "typed"];
+    let mut files: Vec<String> = files
+        .map(|file| file.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
+        .filter(|file| !shared.contains(&file.as_str()))
+        .collect();
+    files.sort_unstable();
+    assert_eq!(dialects.ids(), files);
+    let unknown = dialects.get("nobody's").map(|_| ()).unwrap_err();
+    assert!(unknown.to_string().starts_with("no dialect is called `nobody's`; there are: deepseek, "), "{unknown}");
 }

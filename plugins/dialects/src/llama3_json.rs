@@ -6,7 +6,9 @@
 
 use std::mem;
 
-use mesh_text::{CallSchema, Delta, Dialect, DialectParser, ParserContext, constraint::lark_calls, register_dialect};
+use mesh_text::{
+    CallSchema, Delta, Dialect, DialectParser, Evidence, ParserContext, constraint::lark_calls, register_dialect,
+};
 
 use crate::{call, plain::Passthrough, reasoning::push};
 
@@ -30,7 +32,12 @@ impl Dialect for Llama3Json {
     }
 
     fn parser(&self, context: &ParserContext) -> Box<dyn DialectParser> {
-        if context.tools { Box::new(Parser::default()) } else { Box::new(Passthrough) }
+        if !context.tools.is_empty() { Box::new(Parser::default()) } else { Box::new(Passthrough) }
+    }
+
+    fn evidence(&self, template: &str) -> Option<Evidence> {
+        const FORMS: [&str; 2] = ["{\"name\": function name, \"parameters\"", TAG];
+        FORMS.into_iter().find(|form| template.contains(form)).map(Evidence::Calls)
     }
 
     fn call_grammar(&self, calls: &[CallSchema], many: bool) -> Option<String> {
@@ -38,7 +45,7 @@ impl Dialect for Llama3Json {
     }
 
     fn markers(&self, context: &ParserContext) -> &'static [&'static str] {
-        if context.tools { &[TAG] } else { &[] }
+        if !context.tools.is_empty() { &[TAG] } else { &[] }
     }
 }
 
@@ -114,8 +121,6 @@ mod tests {
     use super::Llama3Json;
     use crate::contract;
 
-    const TOOLS: ParserContext = ParserContext { prompt_opens_reasoning: false, tools: true };
-
     #[test]
     fn calls_are_read() {
         for text in [
@@ -123,11 +128,11 @@ mod tests {
             "\n <|python_tag|>{\"name\": \"f\", \"parameters\": {\"a\": 1}}\n",
             "{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}",
         ] {
-            let answer = contract::answer(&Llama3Json, &TOOLS, text);
+            let answer = contract::answer(&Llama3Json, &contract::tools(), text);
             let call = AnsweredCall { name: "f".into(), arguments: "{\"a\":1}".into() };
             assert_eq!((answer.content.as_str(), answer.tool_calls), ("", vec![call]), "{text}");
         }
-        let two = contract::answer(&Llama3Json, &TOOLS, "{\"name\": \"f\"}; {\"name\": \"g\"}");
+        let two = contract::answer(&Llama3Json, &contract::tools(), "{\"name\": \"f\"}; {\"name\": \"g\"}");
         assert_eq!(two.tool_calls.len(), 2);
     }
 
@@ -146,7 +151,7 @@ mod tests {
             "<|python",
             "{ ",
         ] {
-            let answer = contract::answer(&Llama3Json, &TOOLS, text);
+            let answer = contract::answer(&Llama3Json, &contract::tools(), text);
             assert_eq!((answer.content.as_str(), answer.tool_calls.len()), (text, 0));
         }
         let text = "{\"name\": \"f\"}";
@@ -155,7 +160,7 @@ mod tests {
 
     #[test]
     fn other_json_streams_from_its_first_key_on() {
-        let mut parser = Llama3Json.parser(&TOOLS);
+        let mut parser = Llama3Json.parser(&contract::tools());
         assert_eq!(parser.push("{\"ci"), [Delta::Content("{\"ci".into())]);
         assert_eq!(parser.push("ty\""), [Delta::Content("ty\"".into())]);
     }

@@ -42,7 +42,7 @@ mod tests {
     #[test]
     fn everything_is_content() {
         let text = "\n<think>no</think>\n<tool_call>{}</tool_call>\n";
-        for context in contract::CONTEXTS {
+        for context in contract::contexts() {
             assert_eq!(contract::answer(&Plain, &context, text).content, text);
         }
     }

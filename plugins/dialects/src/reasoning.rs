@@ -6,13 +6,18 @@
 
 use std::mem;
 
-use mesh_text::{Delta, scan::settled_len};
+use mesh_text::{
+    Delta,
+    scan::{find_first, settled_len},
+};
 
 /// Splits a stream into reasoning and the rest.
 #[derive(Debug)]
 pub struct Reasoning {
     open: &'static str,
     close: &'static str,
+    until: &'static [&'static str],
+    or_closed: bool,
     state: State,
     held: String,
 }
@@ -36,7 +41,17 @@ impl Reasoning {
     /// A splitter for these markers. `opened`: the prompt ends inside the block.
     pub fn new(open: &'static str, close: &'static str, opened: bool) -> Self {
         let state = if opened { State::Opened { reopens: true } } else { State::Start };
-        Self { open, close, state, held: String::new() }
+        Self { open, close, until: &[], or_closed: false, state, held: String::new() }
+    }
+
+    /// The block also ends before any of these markers, which then belong to what follows.
+    pub fn until(self, markers: &'static [&'static str]) -> Self {
+        Self { until: markers, ..self }
+    }
+
+    /// A closing marker that the text begins with says that there is no reasoning, and is dropped.
+    pub fn or_closed(self) -> Self {
+        Self { or_closed: true, ..self }
     }
 
     /// Takes the next piece of text; gives [`Delta::Reasoning`] and [`Delta::Content`].
@@ -66,7 +81,12 @@ impl Reasoning {
                 if let Some(rest) = text.strip_prefix(self.open) {
                     self.held = rest.to_owned();
                     State::Opened { reopens: false }
-                } else if self.open.starts_with(text) {
+                } else if self.or_closed
+                    && let Some(rest) = text.strip_prefix(self.close)
+                {
+                    self.held = rest.to_owned();
+                    State::Closed
+                } else if self.open.starts_with(text) || (self.or_closed && self.close.starts_with(text)) {
                     return false;
                 } else {
                     State::Rest
@@ -83,15 +103,16 @@ impl Reasoning {
                     State::Inside
                 }
             }
-            State::Inside => match self.held.find(self.close) {
-                Some(at) => {
-                    let rest = self.held.split_off(at + self.close.len());
+            State::Inside => match find_first(&self.held, &self.ends()) {
+                Some((at, marker)) => {
+                    let dropped = if marker == self.close { marker.len() } else { 0 };
+                    let rest = self.held.split_off(at + dropped);
                     let block = mem::replace(&mut self.held, rest);
                     push(deltas, Delta::Reasoning, block[..at].trim_end_matches('\n'));
                     State::Closed
                 }
                 None => {
-                    let settled = settled_len(&self.held, &[self.close]);
+                    let settled = settled_len(&self.held, &self.ends());
                     let settled = self.held[..settled].trim_end_matches('\n').len();
                     let rest = self.held.split_off(settled);
                     push(deltas, Delta::Reasoning, &mem::replace(&mut self.held, rest));
@@ -111,6 +132,10 @@ impl Reasoning {
             }
         };
         true
+    }
+
+    fn ends(&self) -> Vec<&'static str> {
+        self.until.iter().copied().chain([self.close]).collect()
     }
 
     fn drop_newlines(&mut self) {

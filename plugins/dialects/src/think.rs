@@ -1,6 +1,6 @@
 //! `<think>…</think>` and then content: DeepSeek-R1, QwQ and their kin. See [`Reasoning`] for newlines.
 
-use mesh_text::{Delta, Dialect, DialectParser, ParserContext, ReasoningForm, register_dialect};
+use mesh_text::{Delta, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
 
 use crate::reasoning::Reasoning;
 
@@ -24,7 +24,7 @@ impl Dialect for Think {
     }
 
     fn parser(&self, context: &ParserContext) -> Box<dyn DialectParser> {
-        Box::new(Parser(Reasoning::new(OPEN, CLOSE, context.prompt_opens_reasoning)))
+        Box::new(Parser(reasoning(context)))
     }
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
@@ -35,9 +35,19 @@ impl Dialect for Think {
         Some(ReasoningForm { open: OPEN, close: CLOSE, content: "" })
     }
 
+    fn evidence(&self, template: &str) -> Option<Evidence> {
+        // Templates that only cut reasoning out of the history name the closing marker alone.
+        [OPEN, CLOSE].into_iter().find(|marker| template.contains(marker)).map(Evidence::Reasoning)
+    }
+
     fn markers(&self, _context: &ParserContext) -> &'static [&'static str] {
         &[OPEN, CLOSE]
     }
+}
+
+/// The reasoning of dialects that write it between these markers.
+pub fn reasoning(context: &ParserContext) -> Reasoning {
+    Reasoning::new(OPEN, CLOSE, context.prompt_opens_reasoning)
 }
 
 struct Parser(Reasoning);
@@ -60,7 +70,7 @@ mod tests {
     use crate::contract;
 
     fn split(opened: bool, text: &str) -> (String, String) {
-        let context = ParserContext { prompt_opens_reasoning: opened, tools: false };
+        let context = ParserContext { prompt_opens_reasoning: opened, ..ParserContext::default() };
         let answer = contract::answer(&Think, &context, text);
         (answer.reasoning, answer.content)
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mesh_core::Grammar;
 use mesh_dialects as _;
-use mesh_text::{CallSchema, ParserContext, Tokenizer, Vocabulary, assemble, dialects};
+use mesh_text::{CallSchema, ParserContext, Tokenizer, Tools, Vocabulary, assemble, dialects};
 use serde_json::{Value, json};
 
 const END: u32 = 2;
@@ -30,9 +30,11 @@ fn calls_that_are_drawn_from_a_dialects_grammar_are_read_by_it() {
         CallSchema { name: "weather".into(), parameters },
         CallSchema { name: "now".into(), parameters: json!({ "type": "object", "additionalProperties": false }) },
     ];
+    let offered = calls.iter().map(|call| json!({ "name": call.name, "parameters": call.parameters }));
+    let offered = Tools::of(&offered.collect::<Vec<_>>());
     let mut forms = 0;
     for dialect in dialects().unwrap().iter() {
-        let context = ParserContext { prompt_opens_reasoning: false, tools: true };
+        let context = ParserContext { prompt_opens_reasoning: false, tools: offered.clone() };
         let vocabulary = Vocabulary::new(&tokenizer, dialect.markers(&context), &[END]).unwrap();
         for many in [false, true] {
             let Some(lark) = dialect.call_grammar(&calls, many) else { continue };

@@ -30,7 +30,7 @@ impl ModelFamily for DeepseekV3 {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "think" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "deepseek" }
     }
 }
 

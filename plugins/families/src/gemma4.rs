@@ -38,7 +38,7 @@ impl ModelFamily for Gemma4 {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "plain" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "gemma4" }
     }
 }
 

@@ -29,7 +29,7 @@ impl ModelFamily for Glm4 {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "think" }
+        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "glm" }
     }
 }
 

@@ -29,7 +29,7 @@ impl ModelFamily for Glm4Moe {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "think" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "glm" }
     }
 }
 

@@ -26,7 +26,7 @@ impl ModelFamily for Glm4MoeLite {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "think" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "glm" }
     }
 }
 

@@ -31,7 +31,7 @@ impl ModelFamily for GptOss {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Effort("reasoning_effort"), dialect: "plain" }
+        Conventions { fallback_template: None, thinking: Thinking::Effort("reasoning_effort"), dialect: "harmony" }
     }
 }
 

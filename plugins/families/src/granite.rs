@@ -29,7 +29,7 @@ impl ModelFamily for Granite {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "plain" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "hermes" }
     }
 }
 

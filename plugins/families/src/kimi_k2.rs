@@ -26,7 +26,7 @@ impl ModelFamily for KimiK2 {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "think" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "kimi_k2" }
     }
 }
 

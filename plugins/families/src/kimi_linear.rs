@@ -38,7 +38,7 @@ impl ModelFamily for KimiLinear {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "think" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("thinking"), dialect: "kimi_k2" }
     }
 }
 

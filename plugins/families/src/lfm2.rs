@@ -37,7 +37,7 @@ impl ModelFamily for Lfm2 {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "plain" }
+        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "pythonic" }
     }
 }
 

@@ -34,7 +34,7 @@ impl ModelFamily for MiniMaxM2 {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "think" }
+        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "minimax_m2" }
     }
 }
 

@@ -34,7 +34,7 @@ impl ModelFamily for Mistral {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "plain" }
+        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "mistral" }
     }
 }
 

@@ -30,7 +30,7 @@ impl ModelFamily for Mixtral {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "plain" }
+        Conventions { fallback_template: None, thinking: Thinking::Fixed, dialect: "mistral" }
     }
 }
 

@@ -30,7 +30,7 @@ impl ModelFamily for Qwen35 {
     }
 
     fn conventions(&self) -> Conventions {
-        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "hermes" }
+        Conventions { fallback_template: None, thinking: Thinking::Variable("enable_thinking"), dialect: "qwen3_coder" }
     }
 }
 

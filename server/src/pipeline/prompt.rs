@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use chrono::NaiveDateTime;
 use mesh_core::{Constraint, Landmarks, Prompt, PromptForm, SubmitError, TemplateError, Thinking};
-use mesh_text::{Dialect, DialectParser, ParserContext, Template, TemplateInput, Tokenizer};
+use mesh_text::{Dialect, DialectParser, ParserContext, Template, TemplateInput, Tokenizer, Tools};
 use serde_json::{Map, Value};
 
 use super::{
@@ -80,13 +80,13 @@ fn prepare_now(model: &ServedModel, subject: Subject, wish: Wish, echo: bool) ->
     let (prompt, landmarks, reader, settled, echo) = match subject {
         // A rendered template writes its own begin-of-text token; raw text gets it from the tokenizer.
         Subject::Chat(chat) => {
+            let tools = Tools::of(&chat.tools);
             let calls = Calls::of(&chat.tools, &chat.tool_choice, chat.single_call);
             let (single, thinking_tokens_max) = (chat.single_call, chat.thinking_tokens_max);
             let conversation = Conversation::of(model, chat)?;
             let text = conversation.render(&conversation.messages, true)?;
             let dialect = model.dialect;
             let opened = dialect.opens_reasoning(&text);
-            let tools = conversation.tools.is_some();
             let mut context = ParserContext { prompt_opens_reasoning: opened, tools };
             let markers = dialect.markers(&context);
             let conditions = Conditions { dialect: Some(dialect), markers, opened, thinking_tokens_max };
@@ -95,7 +95,7 @@ fn prepare_now(model: &ServedModel, subject: Subject, wish: Wish, echo: bool) ->
                 context.prompt_opens_reasoning = false;
             }
             if settled.plain_calls {
-                context.tools = false;
+                context.tools = Tools::default();
             }
             let calls_max = single.then_some(1);
             let reader = ReaderPlan { dialect, context, plain_calls: settled.plain_calls, calls_max };
@@ -205,8 +205,9 @@ impl<'a> Conversation<'a> {
             let (name, value) = switch(model.thinking, effort)?;
             kwargs.insert(name.to_owned(), value);
         }
-        let messages =
+        let mut messages =
             serde_json::to_value(&chat.messages).map_err(|error| TemplateError::Failed { what: error.to_string() })?;
+        messages.as_array_mut().into_iter().flatten().for_each(name_reasoning);
         Ok(Self {
             template: model.template(tools)?,
             messages,
@@ -228,6 +229,18 @@ impl<'a> Conversation<'a> {
             kwargs: &self.kwargs,
             now: self.now,
         })
+    }
+}
+
+/// Gives the reasoning of a message all the names that templates read it by. Each reads one of them.
+fn name_reasoning(message: &mut Value) {
+    let Some(message) = message.as_object_mut() else { return };
+    let Some(reasoning) = message.get("reasoning_content").cloned() else { return };
+    message.insert("reasoning".into(), reasoning.clone());
+    // gpt-oss's template refuses this beside content where there are calls.
+    let content = message.get("content").and_then(Value::as_str).is_some_and(|content| !content.is_empty());
+    if !content || !message.contains_key("tool_calls") {
+        message.insert("thinking".into(), reasoning);
     }
 }
 
@@ -254,7 +267,22 @@ fn switch(thinking: Thinking, effort: Effort) -> Result<(&'static str, Value), P
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn reasoning_in_the_history_has_the_name_that_the_template_reads() {
+        let names = |mut message: Value| {
+            name_reasoning(&mut message);
+            ["reasoning_content", "reasoning", "thinking"]
+                .map(|name| message.get(name).is_some_and(|text| text == "hm"))
+        };
+        assert_eq!(names(json!({"content": "a", "reasoning_content": "hm"})), [true, true, true]);
+        assert_eq!(names(json!({"content": null, "reasoning_content": "hm", "tool_calls": [1]})), [true, true, true]);
+        assert_eq!(names(json!({"content": "a", "reasoning_content": "hm", "tool_calls": [1]})), [true, true, false]);
+        assert_eq!(names(json!({"content": "a"})), [false, false, false]);
+    }
 
     #[test]
     fn a_wish_for_reasoning_becomes_the_familys_variable() {

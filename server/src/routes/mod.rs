@@ -50,6 +50,7 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
     let found = all()
         .into_iter()
         .map(|route| filter(route, door.clone()))
+        .chain([crate::page::routes().boxed()])
         .reduce(|one, other| one.or(other).unify().boxed())
         .unwrap_or_else(|| warp::any().and_then(|| async { Err(warp::reject::not_found()) }).boxed());
     warp::path::full().and(warp::any().and(found).map(Some).or_else(recover)).map(

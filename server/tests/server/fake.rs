@@ -361,6 +361,8 @@ const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% e
 fn profile(name: String, tokenizer: Option<PathBuf>, family: bool) -> ModelProfile {
     let source = || Source::file("config.json");
     let format = Fact::new(WeightFormat::Safetensors, source());
+    // A stranger's template would speak for it: this one reads no switch.
+    let template = if family { TEMPLATE.to_owned() } else { TEMPLATE.replace("enable_thinking", "thought") };
     ModelProfile {
         context_tokens_max: Some(Fact::new(4096, source())),
         model_type: family.then(|| Fact::new("fake".into(), source())),
@@ -368,7 +370,7 @@ fn profile(name: String, tokenizer: Option<PathBuf>, family: bool) -> ModelProfi
         vocab_size: tokenizer.is_some().then(|| Fact::new(256, source())),
         tokenizer: tokenizer.map(|path| Fact::new(path, source())),
         chat_template: Some(Fact::new(
-            ChatTemplate { default: TEMPLATE.into(), named: BTreeMap::new() },
+            ChatTemplate { default: template, named: BTreeMap::new() },
             Source::file("chat_template.jinja"),
         )),
         ..ModelProfile::of_files(name, "fake".into(), vec![], format, 1)

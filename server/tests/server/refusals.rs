@@ -142,7 +142,7 @@ async fn paths_and_methods() {
     let server = Server::start(Form::Text, vec![]).await;
     let mut rows = Vec::new();
     for (method, path) in [
-        ("GET", "/"),
+        ("GET", "/nothing"),
         ("GET", "/v1/nothing"),
         ("GET", "/v1/chat/completions"),
         ("DELETE", "/v1/models"),

@@ -117,12 +117,66 @@ fn string(state: &State, text: &str, method: &str, arguments: &[Value]) -> Resul
             }
             return Ok(None);
         }
+        "center" | "ljust" | "rjust" | "zfill" => {
+            let (width, fill): (i64, Option<&str>) = from_args(arguments)?;
+            Value::from(padded(state, text, method, width, fill)?)
+        }
+        "swapcase" => {
+            let () = from_args(arguments)?;
+            let swap =
+                |c: char| if c.is_uppercase() { c.to_lowercase().to_string() } else { c.to_uppercase().to_string() };
+            Value::from(text.chars().map(swap).collect::<String>())
+        }
+        "title" => {
+            let () = from_args(arguments)?;
+            Value::from(title(text))
+        }
         "casefold" => {
             let () = from_args(arguments)?;
             Value::from(text.to_lowercase())
         }
         _ => return Ok(None),
     }))
+}
+
+/// `str.title`: every run of letters is a word, so that an apostrophe begins one.
+fn title(text: &str) -> String {
+    let mut titled = String::with_capacity(text.len());
+    let mut within = false;
+    for c in text.chars() {
+        match within {
+            true => titled.extend(c.to_lowercase()),
+            false => titled.extend(c.to_uppercase()),
+        }
+        within = c.is_alphabetic();
+    }
+    titled
+}
+
+/// `str.center`, `ljust`, `rjust` and `zfill`.
+fn padded(state: &State, text: &str, method: &str, width: i64, fill: Option<&str>) -> Result<String, Error> {
+    let fill = fill.unwrap_or(if method == "zfill" { "0" } else { " " });
+    let mut characters = fill.chars();
+    let (Some(_), None) = (characters.next(), characters.next()) else {
+        return Err(type_error(format!("{method}: has to fill with one character")));
+    };
+    let width = usize::try_from(width).unwrap_or(0);
+    let missing = width.saturating_sub(text.chars().count());
+    Budget::of(state).spend(missing.saturating_mul(fill.len()).saturating_add(text.len()))?;
+    let (before, after) = match method {
+        // As Python rounds: the odd one goes to the left of a text of odd length, else to the right.
+        "center" => {
+            let left = missing / 2 + (missing & width & 1);
+            (left, missing - left)
+        }
+        "ljust" => (0, missing),
+        _ => (missing, 0),
+    };
+    let (sign, digits) = match text.strip_prefix(['+', '-']) {
+        Some(digits) if method == "zfill" => text.split_at(text.len() - digits.len()),
+        _ => ("", text),
+    };
+    Ok([sign, &fill.repeat(before), digits, &fill.repeat(after)].concat())
 }
 
 /// Widest field, and most decimals, of `str.format`, in characters.

@@ -2,7 +2,10 @@
 
 use std::{cell::Cell, fmt::Write};
 
-use minijinja::{Environment, Error, ErrorKind, Output, State, Value, escape_formatter, value::ValueKind};
+use minijinja::{
+    Environment, Error, ErrorKind, Output, State, Value, escape_formatter,
+    value::{Kwargs, ValueKind},
+};
 
 use super::{OUTPUT_BYTES_MAX, number::float_repr};
 
@@ -16,6 +19,16 @@ pub fn install(environment: &mut Environment<'_>) {
     // Its own takes space in proportion to the square of the depth.
     environment.add_filter("pprint", string);
     environment.add_filter("trim", trim);
+    environment.add_filter("default", default);
+    environment.add_filter("d", default);
+    environment.add_filter("int", int);
+    environment.add_filter("float", float);
+    environment.add_filter("escape", escape);
+    environment.add_filter("e", escape);
+    environment.add_filter("forceescape", escape);
+    environment.add_filter("wordcount", |state: &State, value: &Value| {
+        Ok::<_, Error>(to_str(state, value)?.split_whitespace().count())
+    });
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_test("sequence", |value: &Value| {
         let kinds = [ValueKind::Seq, ValueKind::Iterable, ValueKind::Map, ValueKind::String, ValueKind::Undefined];
@@ -71,6 +84,87 @@ fn string(state: &State, value: Value) -> Result<Value, Error> {
 
 fn trim(state: &State, value: &Value, characters: Option<&str>) -> Result<String, Error> {
     Ok(strip(&to_str(state, value)?, characters, true, true).to_owned())
+}
+
+/// `default(value, default_value='', boolean=False)`.
+fn default(value: Value, other: Option<Value>, boolean: Option<bool>, options: Kwargs) -> Result<Value, Error> {
+    let other = other.or(options.get("default_value")?).unwrap_or_else(|| Value::from(""));
+    let boolean = boolean.or(options.get("boolean")?).unwrap_or(false);
+    options.assert_all_used()?;
+    Ok(if value.is_undefined() || (boolean && !value.is_true()) { other } else { value })
+}
+
+/// `int(value, default=0, base=10)`: what is no number is the default.
+fn int(value: &Value, other: Option<Value>, base: Option<u32>, options: Kwargs) -> Result<Value, Error> {
+    let other = other.or(options.get("default")?).unwrap_or_else(|| Value::from(0));
+    let base = base.or(options.get("base")?).unwrap_or(10);
+    options.assert_all_used()?;
+    if !(2..=36).contains(&base) {
+        return Err(type_error("int: the base has to be from 2 to 36"));
+    }
+    let whole = |number: f64| {
+        // Beyond these no whole number of the template language reaches.
+        (number.is_finite() && number.abs() < 1e38).then(|| Value::from(number.trunc() as i128))
+    };
+    let read = match value.as_str() {
+        Some(text) => {
+            let text = text.trim_matches(is_space).replace('_', "").to_lowercase();
+            let (sign, digits) = match text.strip_prefix('-') {
+                Some(digits) => (-1, digits),
+                None => (1, text.strip_prefix('+').unwrap_or(&text)),
+            };
+            let prefix = match base {
+                2 => "0b",
+                8 => "0o",
+                16 => "0x",
+                _ => "",
+            };
+            let digits = digits.strip_prefix(prefix).unwrap_or(digits);
+            let plain = digits.starts_with(|c: char| c.is_digit(base));
+            let number = i128::from_str_radix(digits, base).ok().filter(|_| plain);
+            number.map(|number| Value::from(sign * number)).or_else(|| whole(parse_float(&text)?))
+        }
+        None if value.kind() == ValueKind::Bool => Some(Value::from(i64::from(value.is_true()))),
+        None if is_float(value) => f64::try_from(value.clone()).ok().and_then(whole),
+        None if value.kind() == ValueKind::Number => Some(value.clone()),
+        None => None,
+    };
+    Ok(read.unwrap_or(other))
+}
+
+/// `float(value, default=0.0)`: what is no number is the default.
+fn float(value: &Value, other: Option<Value>, options: Kwargs) -> Result<Value, Error> {
+    let other = other.or(options.get("default")?).unwrap_or_else(|| Value::from(0.0));
+    options.assert_all_used()?;
+    let read = match value.as_str() {
+        Some(text) => parse_float(text),
+        None if value.kind() == ValueKind::Bool => Some(if value.is_true() { 1.0 } else { 0.0 }),
+        None => f64::try_from(value.clone()).ok(),
+    };
+    Ok(read.map_or(other, Value::from))
+}
+
+fn parse_float(text: &str) -> Option<f64> {
+    text.trim_matches(is_space).replace('_', "").parse().ok()
+}
+
+/// `markupsafe.escape`, which names fewer characters than minijinja does.
+fn escape(state: &State, value: &Value) -> Result<Value, Error> {
+    let text = to_str(state, value)?;
+    let budget = Budget::of(state);
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '\'' => escaped.push_str("&#39;"),
+            '"' => escaped.push_str("&#34;"),
+            c => escaped.push(c),
+        }
+    }
+    budget.spend(escaped.len())?;
+    Ok(Value::from(escaped))
 }
 
 /// `str.strip` and its halves.
