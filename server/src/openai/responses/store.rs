@@ -66,6 +66,11 @@ impl Store {
         let (id, bytes) = (stored.response.id.clone(), stored.bytes());
         let mut kept = self.lock();
         kept.remove(&id);
+        if bytes > kept.bytes_max {
+            // Nobody else goes for what does not fit anyway.
+            tracing::warn!(response = id, bytes, "a response is too large to be kept");
+            return;
+        }
         kept.bytes += bytes;
         kept.entries.put(id, (bytes, Arc::new(stored)));
         while kept.entries.len() > kept.entries_max || kept.bytes > kept.bytes_max {
