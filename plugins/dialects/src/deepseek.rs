@@ -4,7 +4,7 @@
 //! `<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME`, a line with three backticks and `json`, the arguments,
 //! three backticks and `<｜tool▁call▁end｜><｜tool▁calls▁end｜>`. V3.1 writes `NAME<｜tool▁sep｜>{…}` between the same tokens.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, register_dialect};
+use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
 
 use crate::{
     call,
@@ -47,6 +47,10 @@ impl Dialect for DeepSeek {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         think::Think.opens_reasoning(prompt)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        think::Think.reasoning()
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

@@ -1,7 +1,7 @@
 //! Reasoning in `<|channel>thought … <channel|>`, then content and `<|tool_call>call:NAME{KEY:VALUE,…}<tool_call|>`: Gemma 4.
 //! Values look like JSON, but strings stand between `<|"|>` and escape nothing, and keys stand bare.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, register_dialect};
+use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -42,6 +42,10 @@ impl Dialect for Gemma4 {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         prompt.trim_end().ends_with(THOUGHT)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        Some(ReasoningForm { open: THOUGHT, close: CHANNEL[1], content: "" })
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

@@ -12,7 +12,7 @@
 //! schema tells. GLM 4 (0414) has no markers at all: an answer that calls is the name of a tool on a line of its own,
 //! then the arguments as JSON.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, Tools, register_dialect};
+use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, Tools, register_dialect};
 
 use crate::{
     call,
@@ -52,6 +52,10 @@ impl Dialect for Glm {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         think::Think.opens_reasoning(prompt)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        think::Think.reasoning()
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

@@ -13,7 +13,7 @@
 use std::mem;
 
 use mesh_text::{
-    Delta, Dialect, DialectParser, Evidence, ParserContext, register_dialect,
+    Delta, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect,
     scan::{find_first, settled_len},
 };
 
@@ -60,6 +60,12 @@ impl Dialect for Harmony {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         prompt.trim_end().ends_with("<|channel|>analysis<|message|>")
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        // Where nothing was reasoned, the header that the prompt began is begun again.
+        let content = "<|start|>assistant<|channel|>final<|message|>";
+        Some(ReasoningForm { open: "<|channel|>analysis<|message|>", close: END, content })
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {
@@ -312,6 +318,16 @@ mod tests {
 
     use super::Harmony;
     use crate::contract;
+
+    #[test]
+    fn content_that_a_constraint_opens_is_content() {
+        let form = Harmony.reasoning().unwrap();
+        for reasoning in [format!("{}Hm.{}", form.open, form.close), String::new()] {
+            let answer =
+                contract::answer(&Harmony, &ParserContext::default(), &format!("{reasoning}{}{{}}", form.content));
+            assert_eq!((answer.content.as_str(), answer.reasoning.is_empty()), ("{}", reasoning.is_empty()));
+        }
+    }
 
     #[test]
     fn reasoning_and_content_stream_while_they_are_written() {

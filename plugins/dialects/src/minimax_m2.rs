@@ -10,7 +10,7 @@
 //!
 //! Values are strings as they are, and JSON else; the tool's schema tells.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, register_dialect};
+use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
 
 use crate::{
     calls::{Block, Call, End, Form, Parser},
@@ -53,6 +53,10 @@ impl Dialect for MiniMaxM2 {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         think::Think.opens_reasoning(prompt)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        think::Think.reasoning()
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

@@ -9,7 +9,7 @@
 //!
 //! Objects and arrays are written out as tags. An answer without reasoning may begin with the marker that closes it.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, register_dialect, tools::Schema};
+use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect, tools::Schema};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -56,6 +56,10 @@ impl Dialect for MiniMaxM3 {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         prompt.trim_end().ends_with(THINK[0])
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        Some(ReasoningForm { open: THINK[0], close: THINK[1], content: "" })
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

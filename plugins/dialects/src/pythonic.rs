@@ -1,7 +1,7 @@
 //! Calls as a list of Python calls, `[f(a=1, b="x"), g()]`: LFM 2 between `<|tool_call_start|>` and `<|tool_call_end|>`,
 //! Llama 4 as a whole answer, with or without `<|python_start|>` and `<|python_end|>`. Reasoning in `<think>…</think>`.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, Tools, register_dialect};
+use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, Tools, register_dialect};
 
 use crate::{
     calls::{Bare, Block, Call, End, Form, Parser, Quotes, ends_inside_string},
@@ -39,6 +39,10 @@ impl Dialect for Pythonic {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         think::Think.opens_reasoning(prompt)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        think::Think.reasoning()
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

@@ -13,7 +13,7 @@
 //!
 //! Values are written bare; the tool's schema tells their types. Models leave the outer tags out at times.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, register_dialect};
+use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
 
 use crate::{
     calls::{Block, Call, End, Form, Parser},
@@ -53,6 +53,10 @@ impl Dialect for Qwen3Coder {
 
     fn opens_reasoning(&self, prompt: &str) -> bool {
         think::Think.opens_reasoning(prompt)
+    }
+
+    fn reasoning(&self) -> Option<ReasoningForm> {
+        think::Think.reasoning()
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {
