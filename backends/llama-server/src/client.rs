@@ -15,7 +15,10 @@ use reqwest::{Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::timeout;
 
-use crate::wire::{Ahead, Candidate, Completion, ErrorAnswer, Models, Piece, Props, Steps, Tokenize, Tokenized};
+use crate::wire::{
+    Ahead, Candidate, Completion, Detokenize, Detokenized, ErrorAnswer, Models, Piece, Props, Steps, Tokenize,
+    Tokenized,
+};
 
 /// Longest wait for a connection to loopback.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
@@ -123,6 +126,12 @@ impl Client {
         let body = Tokenize { content: text, add_special, parse_special: true };
         let work = async { json::<Tokenized>(self.post("/tokenize", &body).await?).await };
         Ok(timeout(ANSWER_MAX, work).await.map_err(|_| ClientError::Silent(ANSWER_MAX))??.tokens)
+    }
+
+    /// The text of tokens, special ones included.
+    pub async fn detokenize(&self, tokens: &[u32]) -> Result<String, ClientError> {
+        let work = async { json::<Detokenized>(self.post("/detokenize", &Detokenize { tokens }).await?).await };
+        Ok(timeout(ANSWER_MAX, work).await.map_err(|_| ClientError::Silent(ANSWER_MAX))??.content)
     }
 
     /// The `count` likeliest tokens after `prompt`, best first.

@@ -207,6 +207,17 @@ impl Engine for LlamaEngine {
         Ok(Box::pin(ReceiverStream::new(stream)))
     }
 
+    async fn tokenize(&self, text: &str, add_special: bool) -> Result<Option<Vec<u32>>, EngineError> {
+        LlamaEngine::tokenize(self, text, add_special).await.map(Some)
+    }
+
+    async fn detokenize(&self, ids: &[u32]) -> Result<Option<String>, EngineError> {
+        match self.client.detokenize(ids).await {
+            Ok(text) => Ok(Some(text)),
+            Err(error) => Err(reason(&self.state, &error).await),
+        }
+    }
+
     async fn drain(&self, grace: Duration) {
         let mut state = self.state.subscribe();
         let mut begun = false;

@@ -325,6 +325,8 @@ async fn text_is_tokenized_once_and_lengths_are_exact() {
     };
     let (.., usage) = answer(&engine, text("<|im_start|><|im_end|>")).await;
     assert_eq!(usage.prompt_tokens, 2, "special tokens are recognised and nothing is added");
+    let ids = Engine::tokenize(&*engine, "<|im_start|>a b", false).await.unwrap().unwrap();
+    assert_eq!(Engine::detokenize(&*engine, &ids).await.unwrap().as_deref(), Some("<|im_start|>a b"));
     let refusal = |result: Result<_, SubmitError>| result.err().expect("it was admitted");
     assert_eq!(refusal(engine.submit(text("")).await), SubmitError::Empty);
     let long = "<|im_start|>".repeat(256);

@@ -21,6 +21,18 @@ pub(crate) struct Tokenized {
     pub tokens: Vec<u32>,
 }
 
+/// Body of `POST /detokenize`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Detokenize<'a> {
+    pub tokens: &'a [u32],
+}
+
+/// Answer of `POST /detokenize`.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Detokenized {
+    pub content: String,
+}
+
 /// Answer of `GET /props`, as far as it is read.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Props {
