@@ -198,6 +198,8 @@ impl Completion {
         let sampling = &job.sampling;
         let room = context_tokens.saturating_sub(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
         let greedy = sampling.temperature == Some(0.0);
+        // What may leave the likeliest out.
+        let spares = sampling.xtc.is_some() || sampling.typical_p.is_some_and(|typical_p| typical_p < 1.0);
         let dry = sampling.dry.as_ref();
         Self {
             prompt,
@@ -209,14 +211,14 @@ impl Completion {
             temperature: sampling.temperature.unwrap_or(1.0),
             dynatemp_range: 0.0,
             // The likeliest token is the same among one candidate as among all, and found faster.
-            top_k: if greedy { 1 } else { sampling.top_k.unwrap_or(0) },
+            top_k: if greedy && !spares { 1 } else { sampling.top_k.unwrap_or(0) },
             top_p: sampling.top_p.unwrap_or(1.0),
             min_p: sampling.min_p.unwrap_or(0.0),
             typical_p: sampling.typical_p.unwrap_or(1.0),
             top_n_sigma: -1.0,
             xtc_probability: sampling.xtc.map_or(0.0, |xtc| xtc.probability),
-            // Above one half there are never two top choices.
-            xtc_threshold: sampling.xtc.map_or(1.0, |xtc| xtc.threshold),
+            // Above one half there are never two top choices, and at 0 there are impossible ones among them.
+            xtc_threshold: sampling.xtc.map_or(1.0, |xtc| xtc.threshold.max(f32::MIN_POSITIVE)),
             dry_multiplier: dry.map_or(0.0, |dry| dry.multiplier),
             dry_base: dry.map_or(1.0, |dry| dry.base),
             dry_allowed_length: dry.map_or(0, |dry| dry.allowed_length),
@@ -445,6 +447,16 @@ mod tests {
         ] {
             assert_eq!(body[key], value, "{key}");
         }
+    }
+
+    #[test]
+    fn one_candidate_is_enough_for_the_likeliest_unless_it_may_be_left_out() {
+        let top_k = |sampling: Sampling| Completion::new(&job(sampling), vec![1], 64).top_k;
+        let xtc = Some(Xtc { probability: 0.5, threshold: 0.1 });
+        assert_eq!(top_k(Sampling::greedy()), 1);
+        assert_eq!(top_k(Sampling { typical_p: Some(1.0), ..Sampling::greedy() }), 1);
+        assert_eq!(top_k(Sampling { typical_p: Some(0.5), ..Sampling::greedy() }), 0);
+        assert_eq!(top_k(Sampling { xtc, top_k: Some(3), ..Sampling::greedy() }), 3);
     }
 
     proptest! {

@@ -61,8 +61,9 @@ const TOP_LOGPROBS_MAX: u32 = 20;
 impl ChatRequest {
     /// Checks everything that does not depend on the model, and translates it. `id` names the job.
     pub fn ask(self, id: &str) -> Result<(Shared, Ask), BadRequest> {
-        let shared = self.shared()?;
+        let mut shared = self.shared()?;
         self.refuse()?;
+        shared.names.extend(self.names());
         if self.max_tokens.is_some()
             && self.max_completion_tokens.is_some()
             && self.max_tokens != self.max_completion_tokens
@@ -163,6 +164,19 @@ impl ChatRequest {
             }
             (one, other) => Ok(one.or(other)),
         }
+    }
+
+    /// What is said in `reasoning` alone.
+    fn names(&self) -> Vec<(&'static str, &'static str)> {
+        let Some(reasoning) = &self.reasoning else { return Vec::new() };
+        let mut names = Vec::new();
+        if reasoning.effort.is_some() && self.reasoning_effort.is_none() {
+            names.push(("reasoning_effort", "reasoning.effort"));
+        }
+        if reasoning.max_tokens.is_some() && self.thinking_budget.is_none() {
+            names.push(("thinking_budget", "reasoning.max_tokens"));
+        }
+        names
     }
 
     fn effort(&self) -> Result<Option<Effort>, BadRequest> {

@@ -197,6 +197,8 @@ pub struct Shared {
     pub tokens_min: Option<u32>,
     /// What the answer has to be.
     pub grammar: Option<Grammar>,
+    /// What the request calls fields that errors know by other names.
+    pub names: Vec<(&'static str, &'static str)>,
 }
 
 impl Raw<'_> {
@@ -242,7 +244,19 @@ impl Raw<'_> {
             n,
             tokens_min: self.min_tokens,
             grammar: format::grammar(self.response_format, self.structured_outputs)?,
+            names: self.names(),
         })
+    }
+
+    fn names(&self) -> Vec<(&'static str, &'static str)> {
+        let mut names = Vec::new();
+        if self.structured_outputs.is_some() {
+            names.push(("response_format", "structured_outputs"));
+        }
+        if self.repetition_penalty.is_none() && self.repeat_penalty.is_some() {
+            names.push(("repetition_penalty", "repeat_penalty"));
+        }
+        names
     }
 
     fn repetition_penalty(&self) -> Result<Option<f32>, BadRequest> {

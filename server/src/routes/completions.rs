@@ -56,7 +56,8 @@ async fn generated(shape: Shape, door: Arc<Door>, mut call: Call) -> Result<Resp
     let choices = asks.first().map_or(1, |ask| ask.choices) as usize;
     let ticket = door.running.enter([id.as_str()].into_iter().chain(call.request_id()))?;
     let opening = opened_all(&door.slots, &shared.model, asks);
-    let (model, answers) = ticket.unless_cancelled(opening).await.map_err(|error| error.prompt_in(field))?;
+    let named = |error: ApiError| error.prompt_in(field).renamed(&shared.names);
+    let (model, answers) = ticket.unless_cancelled(opening).await.map_err(named)?;
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let reasoning_field = answers.first().map(|answer| answer.model().manner.reasoning_field).unwrap_or_default();
     let envelope = Envelope { id, created, model, reasoning_field, choices };

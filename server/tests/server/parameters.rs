@@ -130,12 +130,13 @@ async fn knobs_that_the_engine_lacks_are_refused_by_name() {
         (json!({ "dry_multiplier": 0.5 }), "dry_multiplier"),
         (json!({ "min_tokens": 3 }), "min_tokens"),
         (json!({ "response_format": { "type": "json_object" } }), "response_format"),
-        (json!({ "structured_outputs": { "regex": "a" } }), "response_format"),
+        (json!({ "structured_outputs": { "regex": "a" } }), "structured_outputs"),
         (
             json!({ "tools": [{ "type": "function", "function": { "name": "f" } }], "tool_choice": "required" }),
             "tool_choice",
         ),
         (json!({ "thinking_budget": 3 }), "thinking_budget"),
+        (json!({ "reasoning": { "max_tokens": 3 } }), "reasoning.max_tokens"),
     ] {
         let (status, answer) = server.chat(more.clone()).await;
         assert_eq!((status, answer["error"]["param"].as_str()), (400, Some(param)), "{more}: {answer}");
