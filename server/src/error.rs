@@ -8,7 +8,7 @@ use warp::{
     Reply,
     http::{
         HeaderValue, StatusCode,
-        header::{RETRY_AFTER, WWW_AUTHENTICATE},
+        header::{ALLOW, RETRY_AFTER, WWW_AUTHENTICATE},
     },
     reply::Response,
 };
@@ -28,6 +28,8 @@ pub struct ApiError {
     status: StatusCode,
     object: ErrorObject,
     retry_after: Option<Duration>,
+    /// The methods that the path takes, where it was another.
+    allow: Option<HeaderValue>,
 }
 
 const INVALID: &str = "invalid_request_error";
@@ -44,7 +46,7 @@ pub(crate) struct Refused {
 impl ApiError {
     fn new(status: StatusCode, kind: &str, code: &str, message: impl Into<String>) -> Self {
         let object = ErrorObject { message: message.into(), kind: kind.into(), code: Some(code.into()), param: None };
-        Self { status, object, retry_after: None }
+        Self { status, object, retry_after: None, allow: None }
     }
 
     fn invalid(code: &str, message: impl Into<String>) -> Self {
@@ -124,10 +126,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
     }
 
-    /// The path has other methods.
-    pub fn method_not_allowed() -> Self {
+    /// The path has other methods, which `allow` lists.
+    pub fn method_not_allowed(allow: &str) -> Self {
         let message = "this path does not take that method; GET /openapi.json lists what each takes";
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message)
+        let allow = HeaderValue::from_str(allow).ok();
+        Self { allow, ..Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message) }
     }
 
     /// The body is longer than `max` bytes.
@@ -213,6 +216,9 @@ impl ApiError {
         *response.status_mut() = self.status;
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Some(allow) = self.allow {
+            response.headers_mut().insert(ALLOW, allow);
         }
         if let Some(after) = self.retry_after {
             // Rounded up, and never 0: clients take that as an invitation to try without end.
