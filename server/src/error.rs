@@ -28,8 +28,6 @@ pub struct ApiError {
     status: StatusCode,
     object: ErrorObject,
     retry_after: Option<Duration>,
-    /// The methods that the path takes, where it was another.
-    allow: Option<HeaderValue>,
 }
 
 const INVALID: &str = "invalid_request_error";
@@ -46,7 +44,7 @@ pub(crate) struct Refused {
 impl ApiError {
     fn new(status: StatusCode, kind: &str, code: &str, message: impl Into<String>) -> Self {
         let object = ErrorObject { message: message.into(), kind: kind.into(), code: Some(code.into()), param: None };
-        Self { status, object, retry_after: None, allow: None }
+        Self { status, object, retry_after: None }
     }
 
     fn invalid(code: &str, message: impl Into<String>) -> Self {
@@ -127,10 +125,12 @@ impl ApiError {
     }
 
     /// The path has other methods, which `allow` lists.
-    pub fn method_not_allowed(allow: &str) -> Self {
+    pub fn method_not_allowed(allow: &str) -> Response {
         let message = "this path does not take that method; GET /openapi.json lists what each takes";
-        let allow = HeaderValue::from_str(allow).ok();
-        Self { allow, ..Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message) }
+        let error = Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message);
+        let mut response = error.into_response();
+        response.headers_mut().extend(HeaderValue::from_str(allow).ok().map(|allow| (ALLOW, allow)));
+        response
     }
 
     /// The body is longer than `max` bytes.
@@ -216,9 +216,6 @@ impl ApiError {
         *response.status_mut() = self.status;
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-        }
-        if let Some(allow) = self.allow {
-            response.headers_mut().insert(ALLOW, allow);
         }
         if let Some(after) = self.retry_after {
             // Rounded up, and never 0: clients take that as an invitation to try without end.

@@ -60,7 +60,7 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
     warp::path::full()
         .and(warp::any().and(found).map(Ok).or_else(|rejection| async { Ok::<_, Infallible>((Err(rejection),)) }))
         .map(|path: FullPath, reply: Result<Response, Rejection>| {
-            reply.unwrap_or_else(|rejection| turned_away(path.as_str(), &rejection).into_response())
+            reply.unwrap_or_else(|rejection| turned_away(path.as_str(), &rejection))
         })
 }
 
@@ -101,15 +101,15 @@ fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
         .boxed()
 }
 
-fn turned_away(path: &str, rejection: &Rejection) -> ApiError {
+fn turned_away(path: &str, rejection: &Rejection) -> Response {
     if rejection.is_not_found() {
-        return ApiError::no_such_path(path);
+        return ApiError::no_such_path(path).into_response();
     }
     if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
         return ApiError::method_not_allowed(&allowed(path));
     }
     tracing::error!(?rejection, "a request was rejected for a reason nobody foresaw");
-    ApiError::internal()
+    ApiError::internal().into_response()
 }
 
 /// The methods that a path takes. What is not a route is a page.
@@ -134,7 +134,7 @@ mod tests {
         assert_eq!(allowed("/v1/responses/resp_1"), "DELETE, GET");
         assert_eq!(allowed("/v1/models/a/b"), "GET");
         assert_eq!(allowed("/"), "GET");
-        let reply = ApiError::method_not_allowed("DELETE, GET").into_response();
+        let reply = ApiError::method_not_allowed("DELETE, GET");
         assert_eq!(reply.headers()["allow"], "DELETE, GET");
     }
 }
