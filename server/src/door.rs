@@ -110,7 +110,7 @@ impl Door {
         let reads = [Method::GET, Method::HEAD].contains(request.method());
         match request.uri().path() {
             METRICS_PATH if reads => Some(self.metrics.page()),
-            METRICS_PATH => Some(ApiError::method_not_allowed().into_response()),
+            METRICS_PATH => Some(ApiError::method_not_allowed("GET, HEAD")),
             "/readyz" if reads && self.draining.load(Ordering::Relaxed) => {
                 let reply = warp::reply::json(&json!({ "status": "draining" }));
                 Some(warp::reply::with_status(reply, StatusCode::SERVICE_UNAVAILABLE).into_response())

@@ -8,7 +8,7 @@ use warp::{
     Reply,
     http::{
         HeaderValue, StatusCode,
-        header::{RETRY_AFTER, WWW_AUTHENTICATE},
+        header::{ALLOW, RETRY_AFTER, WWW_AUTHENTICATE},
     },
     reply::Response,
 };
@@ -124,10 +124,13 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
     }
 
-    /// The path has other methods.
-    pub fn method_not_allowed() -> Self {
+    /// The path has other methods, which `allow` lists.
+    pub fn method_not_allowed(allow: &str) -> Response {
         let message = "this path does not take that method; GET /openapi.json lists what each takes";
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message)
+        let error = Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message);
+        let mut response = error.into_response();
+        response.headers_mut().extend(HeaderValue::from_str(allow).ok().map(|allow| (ALLOW, allow)));
+        response
     }
 
     /// The body is longer than `max` bytes.

@@ -17,7 +17,9 @@ use crate::openai::{
 #[schemars(rename = "AnthropicMessage")]
 #[allow(missing_docs)]
 pub struct WireMessage {
+    #[schemars(required, extend("enum" = ["user", "assistant", "system"]))]
     pub role: Option<String>,
+    #[schemars(required)]
     pub content: Option<Content>,
 }
 

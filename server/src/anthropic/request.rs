@@ -25,15 +25,23 @@ macro_rules! request {
         #[serde(deny_unknown_fields, expecting = "an object")]
         #[allow(missing_docs)]
         pub struct $name {
+            #[schemars(required, length(min = 1))]
             pub model: Option<String>,
+            #[schemars(required, length(min = 1))]
             pub messages: Option<Vec<WireMessage>>,
             pub system: Option<Content>,
             pub tools: Option<Vec<Tool>>,
+            #[serde(default, deserialize_with = "crate::openai::fields::object")]
             pub tool_choice: Option<ToolChoice>,
+            #[serde(default, deserialize_with = "crate::openai::fields::object")]
             pub thinking: Option<Thinking>,
+            #[serde(default, deserialize_with = "crate::openai::fields::object")]
             pub output_config: Option<OutputConfig>,
+            #[serde(default, deserialize_with = "crate::openai::fields::object")]
             pub cache_control: Option<CacheControl>,
+            #[schemars(skip)]
             pub context_management: Option<Value>,
+            #[schemars(extend("enum" = [[], null]))]
             pub mcp_servers: Option<Value>,
             $($(#[$field_meta])* pub $field: $type,)*
         }
@@ -59,16 +67,24 @@ macro_rules! request {
 request! {
     /// The body of a message request.
     MessagesRequest {
+        #[schemars(required, range(min = 1))]
         max_tokens: Option<u32>,
+        #[schemars(length(max = 4), inner(length(min = 1, max = 1024)))]
         stop_sequences: Option<Vec<String>>,
         stream: Option<bool>,
+        #[schemars(range(min = 0, max = 2))]
         temperature: Option<f32>,
+        #[schemars(extend("exclusiveMinimum" = 0), range(max = 1))]
         top_p: Option<f32>,
         top_k: Option<u32>,
+        #[serde(default, deserialize_with = "crate::openai::fields::object")]
         metadata: Option<Metadata>,
         /// `auto` or `standard_only`, which are the same here: there is one tier.
+        #[schemars(extend("enum" = ["auto", "standard_only", null]))]
         service_tier: Option<String>,
+        #[schemars(skip)]
         container: Option<Value>,
+        #[schemars(skip)]
         inference_geo: Option<Value>,
     }
 }
@@ -146,6 +162,7 @@ pub struct Thinking {
 pub struct OutputConfig {
     /// `low`, `medium`, `high` or `max`.
     pub effort: Option<String>,
+    #[serde(default, deserialize_with = "crate::openai::fields::object")]
     pub format: Option<OutputFormat>,
 }
 

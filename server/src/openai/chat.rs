@@ -15,6 +15,7 @@ use crate::pipeline::{Ask, Chat, Effort, Subject, ToolChoice};
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct WireReasoning {
     /// As `reasoning_effort`.
+    #[schemars(extend("enum" = ["none", "minimal", "low", "medium", "high", "xhigh", null]))]
     pub effort: Option<String>,
     /// As `thinking_budget`.
     pub max_tokens: Option<u32>,
@@ -23,34 +24,50 @@ pub struct WireReasoning {
 request! {
     /// The body of a chat completion.
     ChatRequest {
+        #[schemars(required, length(min = 1))]
         messages: Option<Vec<WireMessage>>,
+        #[schemars(range(min = 1))]
         max_completion_tokens: Option<u32>,
         tools: Option<Vec<Value>>,
         tool_choice: Option<Value>,
         /// False has an answer end with its first call.
         parallel_tool_calls: Option<bool>,
         chat_template_kwargs: Option<Map<String, Value>>,
+        #[schemars(extend("enum" = ["none", "minimal", "low", "medium", "high", "xhigh", null]))]
         reasoning_effort: Option<String>,
         enable_thinking: Option<bool>,
         /// Most tokens of reasoning.
         thinking_budget: Option<u32>,
+        #[serde(default, deserialize_with = "crate::openai::fields::object")]
         reasoning: Option<WireReasoning>,
         logprobs: Option<bool>,
+        #[schemars(range(max = 20))]
         top_logprobs: Option<u32>,
         /// Says who asks. Accepted and put to no use, like `user`.
         safety_identifier: Option<String>,
         /// Names requests with a common beginning. Accepted and put to no use: beginnings are found without.
         prompt_cache_key: Option<String>,
+        #[schemars(extend("enum" = ["auto", null]))]
         service_tier: Option<Value>,
+        #[schemars(extend("enum" = [false, null]))]
         store: Option<Value>,
+        #[schemars(extend("enum" = [{}, null]))]
         metadata: Option<Value>,
+        #[schemars(skip)]
         functions: Option<Value>,
+        #[schemars(skip)]
         function_call: Option<Value>,
+        #[schemars(extend("enum" = [["text"], null]))]
         modalities: Option<Value>,
+        #[schemars(skip)]
         audio: Option<Value>,
+        #[schemars(skip)]
         prediction: Option<Value>,
+        #[schemars(skip)]
         web_search_options: Option<Value>,
+        #[schemars(skip)]
         verbosity: Option<Value>,
+        #[schemars(skip)]
         prompt_cache_retention: Option<Value>,
     }
 }

@@ -22,10 +22,13 @@ const LOGPROBS_MAX: u32 = 20;
 request! {
     /// The body of a text completion.
     CompletionRequest {
+        #[schemars(required)]
         prompt: Option<Prompts>,
+        #[schemars(range(max = 20))]
         logprobs: Option<u32>,
         /// Put the prompt in front of the answer.
         echo: Option<bool>,
+        #[schemars(extend("enum" = ["", null]))]
         suffix: Option<Value>,
         /// Write so many answers, and give the likeliest of them.
         best_of: Option<u32>,

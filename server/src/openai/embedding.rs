@@ -21,13 +21,18 @@ pub const INPUTS_MAX: usize = 2048;
 #[serde(deny_unknown_fields, expecting = "an object")]
 #[allow(missing_docs)]
 pub struct EmbeddingRequest {
+    #[schemars(required, length(min = 1))]
     pub model: Option<String>,
+    #[schemars(required)]
     pub input: Option<Input>,
     /// `float` or `base64`.
+    #[schemars(extend("enum" = ["float", "base64", null]))]
     pub encoding_format: Option<String>,
     /// Refused: vectors are as long as the model makes them.
+    #[schemars(skip)]
     pub dimensions: Option<u32>,
     /// How an input's tokens become one vector: `mean`, unless given, or `last`.
+    #[schemars(extend("enum" = ["mean", "last", null]))]
     pub pooling: Option<String>,
     /// Says who asks. Accepted and put to no use: it is neither logged nor kept.
     pub user: Option<String>,

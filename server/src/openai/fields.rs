@@ -1,6 +1,6 @@
 //! Parameters that chat and text completions share, and their ranges.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
 use mesh_core::{Dry, Grammar, Sampling, Xtc};
 use serde::{Deserialize, Deserializer, de};
@@ -35,6 +35,27 @@ const XTC_THRESHOLD: f32 = 0.1;
 pub struct StreamOptions {
     /// Send one more chunk with the usage before the end.
     pub include_usage: Option<bool>,
+}
+
+/// Reads an object or nothing. By itself, serde takes a list for an object, with its fields by position.
+pub(crate) fn object<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    struct Visitor<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> de::Visitor<'de> for Visitor<T> {
+        type Value = Option<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_unit<E: de::Error>(self) -> Result<Option<T>, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Option<T>, A::Error> {
+            T::deserialize(de::value::MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+    deserializer.deserialize_any(Visitor(PhantomData))
 }
 
 /// One string or several.
@@ -72,29 +93,47 @@ macro_rules! request {
         #[allow(missing_docs)]
         pub struct $name {
             $($(#[$field_meta])* pub $field: $type,)*
+            #[schemars(required, length(min = 1))]
             pub model: Option<String>,
             pub stream: Option<bool>,
+            #[serde(default, deserialize_with = "crate::openai::fields::object")]
             pub stream_options: Option<$crate::openai::fields::StreamOptions>,
+            #[schemars(range(min = 1))]
             pub max_tokens: Option<u32>,
+            #[schemars(range(min = 0, max = 2))]
             pub temperature: Option<f32>,
+            #[schemars(extend("exclusiveMinimum" = 0), range(max = 1))]
             pub top_p: Option<f32>,
             pub top_k: Option<u32>,
+            #[schemars(range(min = 0, max = 1))]
             pub min_p: Option<f32>,
             pub seed: Option<u64>,
             pub stop: Option<$crate::openai::fields::Strings>,
+            #[schemars(range(min = 1, max = 8))]
             pub n: Option<u32>,
+            #[schemars(range(min = -2, max = 2))]
             pub presence_penalty: Option<f32>,
+            #[schemars(range(min = -2, max = 2))]
             pub frequency_penalty: Option<f32>,
+            #[schemars(extend("exclusiveMinimum" = 0), range(max = 10))]
             pub repetition_penalty: Option<f32>,
             /// llama.cpp's name of `repetition_penalty`.
+            #[schemars(extend("exclusiveMinimum" = 0), range(max = 10))]
             pub repeat_penalty: Option<f32>,
+            #[schemars(extend("exclusiveMinimum" = 0), range(max = 1))]
             pub typical_p: Option<f32>,
+            #[schemars(range(min = 0, max = 1))]
             pub xtc_probability: Option<f32>,
+            #[schemars(range(min = 0, max = 0.5))]
             pub xtc_threshold: Option<f32>,
+            #[schemars(range(min = 0, max = 100))]
             pub dry_multiplier: Option<f32>,
+            #[schemars(range(min = 1, max = 100))]
             pub dry_base: Option<f32>,
             pub dry_allowed_length: Option<u32>,
+            #[schemars(range(min = -1))]
             pub dry_penalty_last_n: Option<i32>,
+            #[schemars(length(max = 16), inner(length(min = 1, max = 64)))]
             pub dry_sequence_breakers: Option<Vec<String>>,
             pub min_tokens: Option<u32>,
             pub response_format: Option<serde_json::Value>,

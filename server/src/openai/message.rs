@@ -13,6 +13,7 @@ use super::{BadRequest, bad_request::brief};
 #[serde(deny_unknown_fields, expecting = "a message object")]
 #[allow(missing_docs)]
 pub struct WireMessage {
+    #[schemars(required, extend("enum" = ["system", "developer", "user", "assistant", "tool"]))]
     pub role: Option<String>,
     pub content: Option<Content>,
     pub name: Option<String>,
@@ -22,8 +23,11 @@ pub struct WireMessage {
     pub tool_calls: Option<Vec<WireCall>>,
     pub tool_call_id: Option<String>,
     pub refusal: Option<String>,
+    #[schemars(length(max = 0))]
     pub annotations: Option<Vec<Value>>,
+    #[schemars(skip)]
     pub audio: Option<Value>,
+    #[schemars(skip)]
     pub function_call: Option<Value>,
     /// What was said of an earlier answer. Clients hand it back with the message.
     pub warnings: Option<Vec<Value>>,
@@ -44,7 +48,9 @@ pub enum Content {
 #[allow(missing_docs)]
 pub struct Part {
     #[serde(rename = "type")]
+    #[schemars(extend("const" = "text"))]
     pub kind: String,
+    #[schemars(required)]
     pub text: Option<String>,
     /// What other types of parts carry.
     #[serde(flatten)]

@@ -4,7 +4,7 @@ use schemars::json_schema;
 
 use super::{
     completion::Prompts,
-    fields::Strings,
+    fields::{STOPS_MAX, Strings},
     message::{Content, Part},
 };
 
@@ -30,7 +30,10 @@ schema!(Content, "Content", |generator| {
 });
 
 schema!(Strings, "Strings", |_generator| json_schema!({
-    "anyOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }]
+    "anyOf": [
+        { "type": "string", "minLength": 1 },
+        { "type": "array", "items": { "type": "string", "minLength": 1 }, "maxItems": STOPS_MAX },
+    ]
 }));
 
 schema!(Prompts, "Prompt", |_generator| json_schema!({

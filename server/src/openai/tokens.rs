@@ -22,6 +22,7 @@ pub struct TokenizeRequest {
     /// A text as a completion would have it: with the begin-of-text token, unless `add_special` says otherwise.
     pub prompt: Option<String>,
     /// A conversation, which the model's template renders.
+    #[schemars(length(min = 1))]
     pub messages: Option<Vec<WireMessage>>,
     pub tools: Option<Vec<Value>>,
     pub chat_template_kwargs: Option<Map<String, Value>>,
@@ -31,6 +32,7 @@ pub struct TokenizeRequest {
     /// The same, by another name.
     pub add_special_tokens: Option<bool>,
     /// Special tokens in the text are recognised; `false` is refused.
+    #[schemars(extend("enum" = [true, null]))]
     pub parse_special: Option<bool>,
     /// Say what each token stands for: `tokens` become objects of `id` and `piece`.
     pub with_pieces: Option<bool>,
@@ -169,6 +171,7 @@ pub struct DetokenizeRequest {
     /// May be left out where one model is served.
     pub model: Option<String>,
     /// The token ids.
+    #[schemars(required)]
     pub tokens: Option<Vec<u32>>,
 }
 
@@ -187,6 +190,7 @@ pub struct Detokenized {
 pub struct TemplateRequest {
     /// May be left out where one model is served.
     pub model: Option<String>,
+    #[schemars(required, length(min = 1))]
     pub messages: Option<Vec<WireMessage>>,
     pub tools: Option<Vec<Value>>,
     pub chat_template_kwargs: Option<Map<String, Value>>,

@@ -24,12 +24,14 @@ pub(super) fn routes() -> Vec<Route> {
             .says("The next message of a conversation.")
             .takes::<ChatRequest>()
             .gives::<ChatCompletion>()
-            .streams::<ChatChunk>(),
+            .streams::<ChatChunk>()
+            .ends("[DONE]"),
         Route::post("/v1/completions", |door, call| generated(Shape::Text, door, call))
             .says("The continuation of a text.")
             .takes::<CompletionRequest>()
             .gives::<TextCompletion>()
-            .streams::<TextCompletion>(),
+            .streams::<TextCompletion>()
+            .ends("[DONE]"),
     ]
 }
 

@@ -12,7 +12,11 @@ mod responses;
 mod route;
 mod tokens;
 
-use std::{convert::Infallible, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    convert::Infallible,
+    sync::{Arc, LazyLock},
+};
 
 use warp::{
     Filter, Rejection, Reply,
@@ -53,11 +57,11 @@ pub fn routes(slots: Slots) -> impl Filter<Extract = (Response,), Error = Infall
         .chain([crate::page::routes().boxed()])
         .reduce(|one, other| one.or(other).unify().boxed())
         .unwrap_or_else(|| warp::any().and_then(|| async { Err(warp::reject::not_found()) }).boxed());
-    warp::path::full().and(warp::any().and(found).map(Some).or_else(recover)).map(
-        |path: FullPath, reply: Option<Response>| {
-            reply.unwrap_or_else(|| ApiError::no_such_path(path.as_str()).into_response())
-        },
-    )
+    warp::path::full()
+        .and(warp::any().and(found).map(Ok).or_else(|rejection| async { Ok::<_, Infallible>((Err(rejection),)) }))
+        .map(|path: FullPath, reply: Result<Response, Rejection>| {
+            reply.unwrap_or_else(|rejection| turned_away(path.as_str(), &rejection))
+        })
 }
 
 fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
@@ -97,13 +101,40 @@ fn filter(route: Route, door: Arc<Door>) -> BoxedFilter<(Response,)> {
         .boxed()
 }
 
-async fn recover(rejection: Rejection) -> Result<(Option<Response>,), Infallible> {
+fn turned_away(path: &str, rejection: &Rejection) -> Response {
     if rejection.is_not_found() {
-        return Ok((None,));
+        return ApiError::no_such_path(path).into_response();
     }
     if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
-        return Ok((Some(ApiError::method_not_allowed().into_response()),));
+        return ApiError::method_not_allowed(&allowed(path));
     }
     tracing::error!(?rejection, "a request was rejected for a reason nobody foresaw");
-    Ok((Some(ApiError::internal().into_response()),))
+    ApiError::internal().into_response()
+}
+
+/// The methods that a path takes. What is not a route is a page.
+fn allowed(path: &str) -> String {
+    static ROUTES: LazyLock<Vec<(Method, &str)>> =
+        LazyLock::new(|| all().into_iter().map(|route| (route.method, route.path)).collect());
+    let methods: BTreeSet<_> = ROUTES
+        .iter()
+        .filter(|(_, template)| matched(template, path).is_some())
+        .map(|(method, _)| method.as_str())
+        .collect();
+    if methods.is_empty() { "GET".into() } else { methods.into_iter().collect::<Vec<_>>().join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_say_what_they_take() {
+        assert_eq!(allowed("/v1/chat/completions"), "POST");
+        assert_eq!(allowed("/v1/responses/resp_1"), "DELETE, GET");
+        assert_eq!(allowed("/v1/models/a/b"), "GET");
+        assert_eq!(allowed("/"), "GET");
+        let reply = ApiError::method_not_allowed("DELETE, GET");
+        assert_eq!(reply.headers()["allow"], "DELETE, GET");
+    }
 }

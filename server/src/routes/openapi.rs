@@ -21,6 +21,10 @@ pub(super) fn routes() -> Vec<Route> {
     ]
 }
 
+/// Bodies of requests, by method and path.
+static EXAMPLES: LazyLock<Value> =
+    LazyLock::new(|| serde_json::from_str(include_str!("examples.json")).unwrap_or_default());
+
 /// Schemas of requests and of answers differ where a type is both: what is optional to read is always written.
 struct Schemas {
     read: SchemaGenerator,
@@ -95,31 +99,66 @@ fn document() -> Value {
     })
 }
 
+/// What may be answered instead, and why.
+fn refusals(route: &Route) -> Vec<(&'static str, &'static str)> {
+    let mut refusals = vec![
+        ("400", "The request cannot be honoured as it stands; the error says why."),
+        ("401", "The server asks for an API key, and this was none of its keys."),
+        ("403", "The server does not go by this name, or this page may not use it."),
+        ("500", "The server failed; its log says more."),
+    ];
+    if route.request.is_some() {
+        refusals.extend([
+            ("404", "There is no such model, or nothing of that id."),
+            ("408", "The body did not arrive in time."),
+            ("409", "The request was cancelled."),
+            ("413", "The body is larger than is read."),
+            ("503", "The server is busy, is loading the model, or has no memory for it now; try again later."),
+        ]);
+    } else if route.path.contains('{') {
+        refusals.push(("404", "There is nothing of that name."));
+    }
+    refusals
+}
+
+/// One event of a stream. An answer that breaks off ends in an error.
+fn server_sent(event: Value, error: &Value, last: Option<&str>) -> Value {
+    let mut data = json!({ "contentMediaType": "application/json", "contentSchema": { "anyOf": [event, error] } });
+    if let Some(last) = last {
+        data = json!({ "anyOf": [{ "const": last }, data] });
+    }
+    data["type"] = "string".into();
+    let properties = json!({ "event": { "type": "string" }, "data": data });
+    json!({ "type": "object", "properties": properties, "required": ["data"] })
+}
+
 fn operation(route: &Route, path: &str, schemas: &mut Schemas) -> Value {
+    let error = match route.form {
+        ErrorForm::OpenAi => schemas.written.subschema_for::<ErrorBody>(),
+        ErrorForm::Anthropic => schemas.written.subschema_for::<anthropic::error::ErrorBody>(),
+    };
+    let error = of(error);
     let mut content = Map::new();
     if let Some(response) = route.response {
         content.insert("application/json".into(), json!({ "schema": of(response(&mut schemas.written)) }));
     }
     if let Some(event) = route.event {
-        // Each event's data; what is not JSON is the `[DONE]` at the end.
-        content.insert("text/event-stream".into(), json!({ "schema": of(event(&mut schemas.written)) }));
+        let schema = server_sent(of(event(&mut schemas.written)), &error, route.last);
+        content.insert("text/event-stream".into(), json!({ "schema": schema }));
     }
-    let error = match route.form {
-        ErrorForm::OpenAi => schemas.written.subschema_for::<ErrorBody>(),
-        ErrorForm::Anthropic => schemas.written.subschema_for::<anthropic::error::ErrorBody>(),
-    };
-    let error = json!({
-        "description": "What was wrong, and what to do next.",
-        "content": { "application/json": { "schema": of(error) } },
-    });
-    let mut responses = Map::from_iter([
-        ("200".to_owned(), json!({ "description": "The answer.", "content": content })),
-        ("4XX".to_owned(), error.clone()),
-        ("5XX".to_owned(), error),
-    ]);
+    let mut responses =
+        Map::from_iter([("200".to_owned(), json!({ "description": "The answer.", "content": content.clone() }))]);
+    for (status, description) in refusals(route) {
+        let content = json!({ "application/json": { "schema": error } });
+        responses.insert(status.into(), json!({ "description": description, "content": content }));
+    }
     if path == "/readyz" {
-        let content = responses["200"]["content"].clone();
         responses.insert("503".into(), json!({ "description": "Not ready yet.", "content": content }));
+    } else if let Some(busy) = responses.get_mut("503") {
+        let seconds = json!({ "type": "integer", "minimum": 1 });
+        busy["headers"] = json!({
+            "Retry-After": { "description": "Seconds; absent where the server is about to end.", "schema": seconds },
+        });
     }
     let mut operation = json!({ "summary": route.summary, "responses": responses });
     let names = path.split('/').filter_map(|segment| segment.strip_prefix('{')?.strip_suffix('}'));
@@ -135,7 +174,11 @@ fn operation(route: &Route, path: &str, schemas: &mut Schemas) -> Value {
     }
     if let Some(request) = route.request {
         let schema = of(request(&mut schemas.read));
-        operation["requestBody"] = json!({ "required": true, "content": { "application/json": { "schema": schema } } });
+        let mut content = json!({ "schema": schema });
+        if let Some(examples) = EXAMPLES.get(format!("{} {path}", route.method)) {
+            content["examples"] = examples.clone();
+        }
+        operation["requestBody"] = json!({ "required": true, "content": { "application/json": content } });
     }
     operation
 }
@@ -166,7 +209,9 @@ mod tests {
             assert!(operation["summary"].as_str().is_some_and(|summary| !summary.is_empty()), "{method} {path}");
             let json = &operation["responses"]["200"]["content"]["application/json"]["schema"];
             assert!(json.is_object() || json.is_boolean(), "{method} {path} does not say what it gives");
-            assert!(operation["responses"]["4XX"].is_object());
+            assert!(operation["responses"]["400"].is_object());
+            let examples = &operation["requestBody"]["content"]["application/json"]["examples"];
+            assert_eq!(route.request.is_some(), examples["plain"]["value"].is_object(), "{method} {path}: examples");
             described += 1;
         }
         let paths = document["paths"].as_object().unwrap().values();

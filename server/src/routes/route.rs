@@ -79,6 +79,8 @@ pub(crate) struct Route {
     pub response: Option<SchemaOf>,
     /// What each event of a stream holds.
     pub event: Option<SchemaOf>,
+    /// What the last event holds that is not JSON.
+    pub last: Option<&'static str>,
     /// What may follow the question mark: names, and schemas as JSON.
     pub queries: &'static [(&'static str, &'static str)],
     pub handler: Handler,
@@ -102,6 +104,11 @@ impl Route {
     /// The events it answers with where `stream` is true.
     pub fn streams<T: JsonSchema>(self) -> Self {
         Self { event: Some(|generator| generator.subschema_for::<T>()), ..self }
+    }
+
+    /// The last event holds this, which is not JSON.
+    pub fn ends(self, last: &'static str) -> Self {
+        Self { last: Some(last), ..self }
     }
 
     /// What may follow the question mark.
@@ -130,6 +137,7 @@ impl Route {
             request: None,
             response: None,
             event: None,
+            last: None,
             queries: &[],
             handler: Arc::new(move |door, call| Box::pin(handler(door, call))),
         }

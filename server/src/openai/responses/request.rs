@@ -30,26 +30,36 @@ pub const METADATA_BYTES_MAX: usize = 1024;
 #[serde(deny_unknown_fields, expecting = "an object")]
 #[allow(missing_docs)]
 pub struct ResponsesRequest {
+    #[schemars(required, length(min = 1))]
     pub model: Option<String>,
+    #[schemars(required)]
     pub input: Option<Input>,
     pub instructions: Option<String>,
     pub previous_response_id: Option<String>,
     /// Keep the response, so that it can be continued; true unless given.
     pub store: Option<bool>,
     pub stream: Option<bool>,
+    #[serde(default, deserialize_with = "crate::openai::fields::object")]
     pub stream_options: Option<StreamOptions>,
+    #[schemars(range(min = 1))]
     pub max_output_tokens: Option<u32>,
+    #[schemars(range(min = 0, max = 2))]
     pub temperature: Option<f32>,
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1))]
     pub top_p: Option<f32>,
     pub tools: Option<Vec<Value>>,
     /// `auto`, `none`, `required`, or `{"type": "function", "name": …}`.
     pub tool_choice: Option<Value>,
     pub parallel_tool_calls: Option<bool>,
+    #[serde(default, deserialize_with = "crate::openai::fields::object")]
     pub reasoning: Option<ReasoningOptions>,
+    #[serde(default, deserialize_with = "crate::openai::fields::object")]
     pub text: Option<TextOptions>,
     pub metadata: Option<BTreeMap<String, String>>,
+    #[schemars(extend("enum" = ["disabled", null]))]
     pub truncation: Option<Value>,
     /// `reasoning.encrypted_content` is the only one.
+    #[schemars(extend("items" = { "const": "reasoning.encrypted_content" }))]
     pub include: Option<Vec<String>>,
     /// Says who asks. Accepted and put to no use: it is neither logged nor kept.
     pub user: Option<String>,
@@ -57,13 +67,21 @@ pub struct ResponsesRequest {
     pub safety_identifier: Option<String>,
     /// Names requests with a common beginning. Accepted and put to no use: beginnings are found without.
     pub prompt_cache_key: Option<String>,
+    #[schemars(skip)]
     pub prompt_cache_retention: Option<Value>,
+    #[schemars(extend("enum" = ["auto", "default", null]))]
     pub service_tier: Option<String>,
+    #[schemars(extend("enum" = [false, null]))]
     pub background: Option<Value>,
+    #[schemars(skip)]
     pub conversation: Option<Value>,
+    #[schemars(skip)]
     pub prompt: Option<Value>,
+    #[schemars(skip)]
     pub max_tool_calls: Option<Value>,
+    #[schemars(extend("enum" = [0, null]))]
     pub top_logprobs: Option<Value>,
+    #[schemars(skip)]
     pub context_management: Option<Value>,
 }
 
@@ -73,6 +91,7 @@ pub struct ResponsesRequest {
 #[schemars(rename = "ResponsesStreamOptions")]
 #[allow(missing_docs)]
 pub struct StreamOptions {
+    #[schemars(extend("enum" = [false, null]))]
     pub include_obfuscation: Option<bool>,
 }
 
@@ -82,8 +101,10 @@ pub struct StreamOptions {
 #[allow(missing_docs)]
 pub struct ReasoningOptions {
     /// `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
+    #[schemars(extend("enum" = ["none", "minimal", "low", "medium", "high", "xhigh", null]))]
     pub effort: Option<String>,
     /// `auto` or `detailed` give the reasoning as the summary.
+    #[schemars(extend("enum" = ["auto", "detailed", null]))]
     pub summary: Option<String>,
 }
 
@@ -93,6 +114,7 @@ pub struct ReasoningOptions {
 #[allow(missing_docs)]
 pub struct TextOptions {
     pub format: Option<Value>,
+    #[schemars(extend("enum" = ["medium", null]))]
     pub verbosity: Option<String>,
 }
 
