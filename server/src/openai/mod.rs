@@ -4,7 +4,7 @@
 //!
 //! - [`bad_request`]: what can be wrong with a request, and the reading of JSON.
 //! - [`fields`]: parameters that chat and text completions share.
-//! - [`format`]: what an answer has to be.
+//! - [`mod@format`]: what an answer has to be.
 //! - [`chat`], [`completion`]: the two requests.
 //! - [`logprobs`]: how likely tokens were, in both forms.
 //! - [`embedding`], [`model`], [`tokens`], [`cancel`]: the surfaces beside them.

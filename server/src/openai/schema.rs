@@ -8,7 +8,7 @@ use super::{
     message::{Content, Part},
 };
 
-/// Implements [`JsonSchema`] by an expression.
+/// Implements `JsonSchema` by an expression.
 macro_rules! schema {
     ($type:ty, $name:literal, |$generator:ident| $schema:expr) => {
         impl schemars::JsonSchema for $type {

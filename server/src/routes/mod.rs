@@ -1,4 +1,4 @@
-//! What is served where. One file a surface; [`all`] is the one list of what there is.
+//! What is served where. One file a surface; `all` is the one list of what there is.
 
 mod cancel;
 mod completions;

@@ -102,7 +102,7 @@ async fn what_cannot_be_enforced_is_refused_with_its_keyword() {
     let server = Server::start(Form::AbleTokens, vec![STOP]).await;
     for outputs in [json!({ "regex": "(" }), json!({ "grammar": "start: x" })] {
         let (status, answer) = server.chat(json!({ "structured_outputs": outputs })).await;
-        assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("response_format")), "{answer}");
+        assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("structured_outputs")), "{answer}");
     }
     for (more, param) in [
         (json!({ "tool_choice": "required" }), "tool_choice"),
