@@ -49,7 +49,8 @@ class Server:
         config = WORK / "config.toml"
         config.write_text("")
         command = [binary, "--port", "0", "--config", config, *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.log = open(WORK / "server.log", "w")
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         for line in self.process.stdout:
             if line.startswith("listening on "):
                 self.url = line.split()[-1]
@@ -85,7 +86,10 @@ def suite(python, packages, server, report):
         "LANGSMITH_TRACING": "false",
     }
     subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", HERE],
+        [
+            python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "asyncio_mode=auto",
+            f"--junitxml={report}", HERE,
+        ],
         env=variables, timeout=SUITE_MAX_S,
     )
     failed, count = set(), 0

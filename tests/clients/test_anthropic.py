@@ -12,7 +12,7 @@ def client(url):
 
 
 def test_streamed_is_blocking(client, model):
-    ask = dict(model=model, max_tokens=24, messages=HELLO, temperature=0)
+    ask = dict(model=model, max_tokens=24, messages=HELLO, extra_body={"temperature": 0})
     whole = client.messages.create(**ask)
     assert whole.content[0].type == "text" and whole.stop_reason in ("end_turn", "max_tokens")
     with client.messages.stream(**ask) as stream:

@@ -91,6 +91,16 @@ pub struct ToolUseBlock {
     pub name: String,
     pub input: Map<String, Value>,
     pub cache_control: Option<CacheControl>,
+    /// Clients send back what they were given, and their own words for it.
+    pub caller: Option<Caller>,
+}
+
+/// Who made a call.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Caller {
+    /// The model itself.
+    Direct,
 }
 
 /// `tool_result`.
