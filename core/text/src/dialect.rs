@@ -85,8 +85,7 @@ pub trait Dialect: Send + Sync {
 
     /// Whether a rendered prompt ends inside a reasoning block.
     fn opens_reasoning(&self, prompt: &str) -> bool {
-        let _ = prompt;
-        false
+        self.reasoning().is_some_and(|form| prompt.trim_end().ends_with(form.open))
     }
 
     /// How its answers show where reasoning ends; `None` where there is none, or nothing that says so.

@@ -45,10 +45,6 @@ impl Dialect for DeepSeek {
         Parser::boxed(reasoning, &FORM, &context.tools)
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        think::Think.opens_reasoning(prompt)
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         think::Think.reasoning()
     }

@@ -40,10 +40,6 @@ impl Dialect for Gemma4 {
         Parser::boxed(reasoning, &FORM, &context.tools)
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        prompt.trim_end().ends_with(THOUGHT)
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         Some(ReasoningForm { open: THOUGHT, close: CHANNEL[1], content: "" })
     }

@@ -58,10 +58,6 @@ impl Dialect for Harmony {
         Box::new(Parser { tools: !context.tools.is_empty(), state, ..Parser::default() })
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        prompt.trim_end().ends_with("<|channel|>analysis<|message|>")
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         // Where nothing was reasoned, the header that the prompt began is begun again.
         let content = "<|start|>assistant<|channel|>final<|message|>";

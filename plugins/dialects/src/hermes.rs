@@ -39,10 +39,6 @@ impl Dialect for Hermes {
         Parser::boxed(think::reasoning(context), &FORM, &context.tools)
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        think::Think.opens_reasoning(prompt)
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         think::Think.reasoning()
     }

@@ -54,10 +54,6 @@ impl Dialect for MiniMaxM3 {
         Parser::boxed(reasoning, &FORM, &context.tools)
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        prompt.trim_end().ends_with(THINK[0])
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         Some(ReasoningForm { open: THINK[0], close: THINK[1], content: "" })
     }

@@ -37,10 +37,6 @@ impl Dialect for Pythonic {
         Parser::boxed(reasoning, &FORM, &context.tools)
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        think::Think.opens_reasoning(prompt)
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         think::Think.reasoning()
     }

@@ -51,10 +51,6 @@ impl Dialect for Qwen3Coder {
         Parser::boxed(think::reasoning(context), &FORM, &context.tools)
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        think::Think.opens_reasoning(prompt)
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         think::Think.reasoning()
     }

@@ -27,10 +27,6 @@ impl Dialect for Think {
         Box::new(Parser(reasoning(context)))
     }
 
-    fn opens_reasoning(&self, prompt: &str) -> bool {
-        prompt.trim_end().ends_with(OPEN)
-    }
-
     fn reasoning(&self) -> Option<ReasoningForm> {
         Some(ReasoningForm { open: OPEN, close: CLOSE, content: "" })
     }
