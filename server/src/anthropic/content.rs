@@ -93,6 +93,9 @@ pub struct ToolUseBlock {
     pub cache_control: Option<CacheControl>,
     /// Clients send back what they were given, and their own words for it.
     pub caller: Option<Caller>,
+    /// Only null is possible: no tool here belongs to a set of tools.
+    #[schemars(with = "()")]
+    pub toolset_name: Option<String>,
 }
 
 /// Who made a call.
@@ -246,6 +249,9 @@ fn assistant(path: &str, blocks: Vec<(String, String, Value)>) -> Result<Message
             }
             "tool_use" => {
                 let block: ToolUseBlock = element(&path, block)?;
+                if block.toolset_name.is_some() {
+                    return Err(BadRequest::unsupported(format!("{path}.toolset_name"), "there are no sets of tools"));
+                }
                 message.tool_calls.push(ToolCall {
                     id: block.id,
                     kind: "function".into(),
