@@ -1,17 +1,38 @@
-//! Which JSON schemas the child enforces. It makes a grammar of a schema and passes over what it does not know, so that has
-//! to be found before.
+//! JSON schemas as the child can be trusted with. It makes a grammar of a schema, passes over what it does not know, and does
+//! not survive some of what makes no sense. What it is sent is therefore put together anew, of what it gets right: every
+//! answer that the child then allows is valid for the schema that was asked for. What that cannot be done with is refused by
+//! its keyword.
+//!
+//! - [`text`], [`pattern`]: texts and numbers.
+//! - [`choice`]: when one of several is no more than one.
 
-use serde_json::{Map, Value};
+mod choice;
+mod pattern;
+mod text;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use serde_json::{Map, Value, json};
 
 /// Schemas nested deeper than this are refused.
 const DEPTH_MAX: usize = 64;
+/// Most repetitions that a schema counts, all of its lengths and patterns together. The child's grammar has a rule for each.
+const REPETITIONS_MAX: u64 = 100_000;
+/// Most repetitions that something has to have.
+const REPETITIONS_MIN_MAX: u64 = 2000;
 
-/// Keywords that say nothing about what is valid.
-const ANNOTATIONS: [&str; 14] = [
+/// Most lengths of an array that begins with items of their own, and most items.
+const TUPLE_LENGTHS_MAX: usize = 16;
+const TUPLE_ITEMS_MAX: usize = 64;
+
+/// Keywords that say nothing about what is valid, and those that references look into.
+const ANNOTATIONS: [&str; 16] = [
     "$schema",
     "$id",
     "$comment",
     "$anchor",
+    "$defs",
+    "definitions",
     "title",
     "description",
     "default",
@@ -23,158 +44,439 @@ const ANNOTATIONS: [&str; 14] = [
     "contentEncoding",
     "contentMediaType",
 ];
+const TYPES: [&str; 7] = ["string", "integer", "number", "boolean", "null", "array", "object"];
+/// Keywords that say it all by themselves. The child takes the first of these and forgets what is beside it.
+const ALONE: [&str; 6] = ["$ref", "oneOf", "anyOf", "allOf", "const", "enum"];
+/// Keywords of one type, which say nothing about values of others.
+const OF_TYPES: [(&str, &[&str]); 4] = [
+    ("string", &["minLength", "maxLength", "pattern", "format"]),
+    ("integer", &["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"]),
+    ("array", &["items", "prefixItems", "minItems", "maxItems"]),
+    ("object", &["properties", "required", "additionalProperties"]),
+];
 
-/// Texts of these formats are described to the child's grammars.
-const FORMATS: [&str; 9] = ["date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5"];
+/// What the keywords of a schema say that are no annotations.
+type Keywords<'a> = BTreeMap<&'a str, &'a Value>;
 
-/// Says which keyword the child would not enforce, with its place.
-pub(crate) fn check(schema: &Value) -> Result<(), String> {
-    Checker { root: schema }.schema(schema, "#", 0)
+/// The schema that the child is sent. Says which keyword it would not keep to, with its place.
+pub(crate) fn translated(schema: &Value) -> Result<Value, String> {
+    let mut translation = Translation { root: schema, targets: Vec::new(), numbers: HashMap::new(), repetitions: 0 };
+    translation.number("");
+    let mut definitions = Vec::new();
+    while let Some(target) = translation.targets.get(definitions.len()).cloned() {
+        let schema = translation.root.pointer(&target).ok_or_else(|| format!("`$ref`: #{target}, which is nowhere"))?;
+        definitions.push(translation.schema(schema, &format!("#{target}"), 0)?);
+    }
+    if let Some(index) = endless(&definitions) {
+        return Err(format!("`$ref`: #{} leads back to itself and nowhere else", translation.targets[index]));
+    }
+    // Behind references, which are numbered, no name in a schema is taken for that of another of the grammar's rules.
+    let definitions = definitions.into_iter().enumerate().map(|(index, schema)| (name(index), schema));
+    Ok(json!({ "$ref": reference(0), "$defs": definitions.collect::<Map<_, _>>() }))
 }
 
-struct Checker<'a> {
+fn name(index: usize) -> String {
+    format!("d{index}")
+}
+
+fn reference(index: usize) -> String {
+    format!("#/$defs/{}", name(index))
+}
+
+/// What the value of a schema's type is called.
+fn type_of(value: &Value) -> &'static str {
+    match value {
+        Value::String(_) => "string",
+        Value::Number(number) if number.as_f64().is_some_and(|number| number.fract() == 0.0) => "integer",
+        Value::Number(_) => "number",
+        Value::Bool(_) => "boolean",
+        Value::Null => "null",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+/// A definition that begins with itself: the child cannot make a grammar of it.
+fn endless(definitions: &[Value]) -> Option<usize> {
+    let begins: Vec<Vec<usize>> = definitions.iter().map(beginnings).collect();
+    let mut awaited: Vec<usize> = begins.iter().map(Vec::len).collect();
+    let mut users = vec![Vec::new(); definitions.len()];
+    for (index, targets) in begins.iter().enumerate() {
+        targets.iter().for_each(|target| users[*target].push(index));
+    }
+    let mut ended: VecDeque<usize> = (0..definitions.len()).filter(|index| awaited[*index] == 0).collect();
+    while let Some(index) = ended.pop_front() {
+        for user in &users[index] {
+            awaited[*user] -= 1;
+            if awaited[*user] == 0 {
+                ended.push_back(*user);
+            }
+        }
+    }
+    awaited.iter().position(|awaited| *awaited > 0)
+}
+
+/// The definitions that what is written may be one of.
+fn beginnings(schema: &Value) -> Vec<usize> {
+    if let Some(target) = schema.get("$ref").and_then(Value::as_str) {
+        return target.rsplit('d').next().and_then(|index| index.parse().ok()).into_iter().collect();
+    }
+    let several = schema.get("anyOf").and_then(Value::as_array);
+    several.into_iter().flatten().flat_map(beginnings).collect()
+}
+
+struct Translation<'a> {
     root: &'a Value,
+    /// Pointers to what is defined, in the order of their numbers.
+    targets: Vec<String>,
+    numbers: HashMap<String, usize>,
+    repetitions: u64,
 }
 
-impl Checker<'_> {
-    fn schema(&self, schema: &Value, at: &str, depth: usize) -> Result<(), String> {
+impl<'a> Translation<'a> {
+    fn schema(&mut self, schema: &'a Value, at: &str, depth: usize) -> Result<Value, String> {
         if depth > DEPTH_MAX {
             return Err(format!("the schema is nested more than {DEPTH_MAX} levels deep at {at}"));
         }
-        let keywords = match schema {
-            Value::Object(keywords) => keywords,
-            Value::Bool(true) => return Ok(()),
-            _ => return Err(format!("{at} has to be an object")),
+        let keywords = keywords(schema, at)?;
+        let given: Vec<_> = ALONE.into_iter().filter(|keyword| keywords.contains_key(keyword)).collect();
+        let [alone] = given[..] else {
+            return match given[..] {
+                [one, other, ..] => Err(format!("`{one}` and `{other}` together at {at}")),
+                _ => self.of_types(&keywords, at, depth),
+            };
         };
-        for (keyword, value) in keywords {
-            self.keyword(keywords, keyword, value, &format!("{at}/{keyword}"), depth)?;
+        let value = keywords[alone];
+        let here = format!("{at}/{alone}");
+        let beside = keywords.keys().find(|keyword| match alone {
+            "const" | "enum" => !matches!(**keyword, "const" | "enum" | "type"),
+            "allOf" => !matches!(**keyword, "allOf" | "type" | "properties" | "required"),
+            _ => **keyword != alone,
+        });
+        if let Some(other) = beside {
+            return Err(format!("`{alone}` and `{other}` together at {at}"));
         }
-        // The child takes the first of these and forgets the others.
-        let alone = ["$ref", "oneOf", "anyOf", "const", "enum"];
-        let given: Vec<_> = alone.iter().filter(|keyword| keywords.contains_key(**keyword)).collect();
-        let beside = |keyword: &&String| {
-            let bystander =
-                ANNOTATIONS.contains(&keyword.as_str()) || matches!(keyword.as_str(), "$defs" | "definitions");
-            // What a constant or one of several constants is, it shows itself.
-            let implied = keyword.as_str() == "type" && matches!(given[..], [&"const" | &"enum"]);
-            !bystander && !implied && !alone.contains(&keyword.as_str())
-        };
-        match (&given[..], keywords.keys().find(beside)) {
-            ([one, other, ..], _) => Err(format!("`{one}` and `{other}` together at {at}")),
-            ([one], Some(other)) => Err(format!("`{one}` and `{other}` together at {at}")),
-            _ => Ok(()),
+        match alone {
+            "$ref" => {
+                let inside = value.as_str().and_then(|text| text.strip_prefix('#'));
+                let target = inside.filter(|pointer| self.root.pointer(pointer).is_some());
+                let target = target.ok_or_else(|| format!("`$ref`: {value}, which is not in the schema, at {here}"))?;
+                Ok(json!({ "$ref": reference(self.number(target)) }))
+            }
+            "const" => only_of_types(&keywords, vec![value], at),
+            "enum" => {
+                let values = value.as_array().ok_or_else(|| format!("{here} has to be a list"))?;
+                only_of_types(&keywords, values.iter().collect(), at)
+            }
+            "allOf" => self.all_of(&keywords, at, depth),
+            _ => {
+                let several = list(value, &here)?;
+                if alone == "oneOf" {
+                    let pairs = several.iter().enumerate().flat_map(|(index, one)| {
+                        several[..index].iter().enumerate().map(move |(other, schema)| (other, schema, index, one))
+                    });
+                    for (index, one, later, other) in pairs {
+                        if !choice::disjoint(self.root, one, other) {
+                            let why = "may be valid together, which is not known to be impossible";
+                            return Err(format!("`oneOf`: numbers {index} and {later} {why}, at {here}"));
+                        }
+                    }
+                }
+                let each = several.iter().enumerate();
+                let each = each.map(|(index, schema)| self.schema(schema, &format!("{here}/{index}"), depth + 1));
+                Ok(json!({ "anyOf": each.collect::<Result<Vec<_>, _>>()? }))
+            }
         }
     }
 
-    fn keyword(
-        &self,
-        keywords: &Map<String, Value>,
-        keyword: &str,
-        value: &Value,
-        at: &str,
-        depth: usize,
-    ) -> Result<(), String> {
-        let has_type = |name: &str| keywords.get("type").and_then(Value::as_str) == Some(name);
-        let only_of = |name: &str| match has_type(name) {
-            true => Ok(()),
-            false => Err(format!("`{keyword}` without `type`: `{name}` at {at}")),
-        };
-        match keyword {
-            "type" | "const" | "enum" | "required" => Ok(()),
-            "properties" | "$defs" | "definitions" => {
-                let named = value.as_object().ok_or_else(|| format!("{at} has to be an object"))?;
-                named.iter().try_for_each(|(name, schema)| self.schema(schema, &format!("{at}/{name}"), depth + 1))
-            }
-            "additionalProperties" if value.is_boolean() => Ok(()),
-            "items" if value.is_boolean() => Err(format!("`items`: {value} at {at}")),
-            "additionalProperties" | "items" => self.schema(value, at, depth + 1),
-            "prefixItems" if keywords.contains_key("items") => Err(format!("`prefixItems` beside `items` at {at}")),
-            "prefixItems" | "anyOf" | "oneOf" | "allOf" => {
-                let several = value.as_array().ok_or_else(|| format!("{at} has to be a list"))?;
-                several
-                    .iter()
-                    .enumerate()
-                    .try_for_each(|(index, schema)| self.schema(schema, &format!("{at}/{index}"), depth + 1))
-            }
-            "minItems" | "maxItems" => Ok(()),
-            "minLength" | "maxLength" if keywords.contains_key("pattern") || keywords.contains_key("format") => {
-                Err(format!("`{keyword}` beside `pattern` or `format` at {at}"))
-            }
-            "minLength" | "maxLength" => only_of("string"),
-            "pattern" => match value.as_str() {
-                Some(pattern) if pattern.starts_with('^') && pattern.ends_with('$') => only_of("string"),
-                _ => Err(format!("a `pattern` that is not anchored by ^ and $ at {at}")),
-            },
-            "format" => match value.as_str() {
-                Some(format) if FORMATS.contains(&format) => only_of("string"),
-                _ => Err(format!("`format`: {value} at {at}")),
-            },
-            "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum" => only_of("integer"),
-            "$ref" => {
-                let inside = value.as_str().and_then(|text| text.strip_prefix('#'));
-                match inside.and_then(|pointer| self.root.pointer(pointer)) {
-                    Some(_) => Ok(()),
-                    None => Err(format!("`$ref`: {value}, which is not in the schema, at {at}")),
+    /// The number of the definition of what a pointer leads to.
+    fn number(&mut self, target: &str) -> usize {
+        let next = self.targets.len();
+        let number = *self.numbers.entry(target.to_owned()).or_insert(next);
+        if number == next {
+            self.targets.push(target.to_owned());
+        }
+        number
+    }
+
+    /// A value of one of the types that the keywords name.
+    fn of_types(&mut self, keywords: &Keywords<'a>, at: &str, depth: usize) -> Result<Value, String> {
+        let mut types = types(keywords, at)?;
+        if types.is_empty() {
+            // Whatever is of another type would be valid too, and is left out.
+            let of = |keyword: &&str| OF_TYPES.iter().find(|(_, of)| of.contains(keyword)).map(|(name, _)| *name);
+            types.extend(keywords.keys().filter_map(of));
+            types.dedup();
+            match (types[..].first(), types.len()) {
+                (None, _) => return Ok(json!({})),
+                (Some(&"integer"), 1) => {
+                    let keyword = keywords.keys().next().copied().unwrap_or_default();
+                    return Err(format!("`{keyword}` without `type`: `integer` at {at}/{keyword}"));
                 }
+                (Some(_), 1) => {}
+                _ => return Err(format!("keywords of several types, and no `type`, at {at}")),
             }
-            annotation if ANNOTATIONS.contains(&annotation) => Ok(()),
-            other => Err(format!("`{other}` at {at}")),
+        }
+        let mut each =
+            types.into_iter().map(|kind| self.of_type(kind, keywords, at, depth)).collect::<Result<Vec<_>, _>>()?;
+        Ok(if each.len() == 1 { each.remove(0) } else { json!({ "anyOf": each }) })
+    }
+
+    fn of_type(&mut self, kind: &str, keywords: &Keywords<'a>, at: &str, depth: usize) -> Result<Value, String> {
+        match kind {
+            "string" => self.text(keywords, at),
+            "integer" => text::integer(keywords, at),
+            "number" => match OF_TYPES[1].1.iter().find(|keyword| keywords.contains_key(**keyword)) {
+                Some(keyword) => {
+                    Err(format!("`{keyword}` for a `number`, where it can be for an `integer`, at {at}/{keyword}"))
+                }
+                None => Ok(json!({ "type": "number" })),
+            },
+            "array" => self.array(keywords, at, depth),
+            "object" => self.object(keywords, at, depth),
+            other => Ok(json!({ "type": other })),
         }
     }
+
+    /// Counts repetitions.
+    fn repeat(&mut self, least: u64, most: Option<u64>, at: &str) -> Result<(), String> {
+        self.repetitions = self.repetitions.saturating_add(most.unwrap_or(least));
+        if most.is_some_and(|most| most < least) {
+            return Err(format!("a most of {} and a least of {least} at {at}", most.unwrap_or_default()));
+        }
+        if least > REPETITIONS_MIN_MAX {
+            return Err(format!(
+                "{least} repetitions at least, of {REPETITIONS_MIN_MAX} that may be asked for, at {at}"
+            ));
+        }
+        if self.repetitions > REPETITIONS_MAX {
+            return Err(format!("more than {REPETITIONS_MAX} repetitions in the whole schema, at {at}"));
+        }
+        Ok(())
+    }
+
+    fn array(&mut self, keywords: &Keywords<'a>, at: &str, depth: usize) -> Result<Value, String> {
+        let (least, most) = text::counts(keywords, ["minItems", "maxItems"], at)?;
+        let here = |keyword: &str| format!("{at}/{keyword}");
+        let mut array = Map::from_iter([("type".to_owned(), "array".into())]);
+        if let Some(value) = keywords.get("prefixItems") {
+            return self.tuple(list(value, &here("prefixItems"))?.len(), keywords.get("items"), (least, most), at);
+        }
+        self.repeat(least, most, at)?;
+        let most = match keywords.get("items") {
+            Some(Value::Bool(false)) if least == 0 => Some(0),
+            Some(Value::Bool(false)) => return Err(format!("`items`: false beside `minItems` at {at}")),
+            Some(items) => {
+                array.insert("items".into(), self.schema(items, &here("items"), depth + 1)?);
+                most
+            }
+            None => most,
+        };
+        if least > 0 {
+            array.insert("minItems".into(), least.into());
+        }
+        array.extend(most.map(|most| ("maxItems".to_owned(), most.into())));
+        Ok(array.into())
+    }
+
+    /// An array that begins with items of their own. The child writes all of them and nothing more, so that each length is a
+    /// schema of its own.
+    fn tuple(
+        &mut self,
+        length: usize,
+        items: Option<&&Value>,
+        (least, most): (u64, Option<u64>),
+        at: &str,
+    ) -> Result<Value, String> {
+        let first: Vec<_> = (0..length).map(|index| self.refer(&format!("{at}/prefixItems/{index}"))).collect();
+        let further = match items {
+            // What is not said to be there is not written.
+            None | Some(Value::Bool(_)) => None,
+            Some(_) => Some(self.refer(&format!("{at}/items"))),
+        };
+        let (Ok(least), most) = (usize::try_from(least), most.and_then(|most| usize::try_from(most).ok())) else {
+            return Err(format!("`minItems`: {least} at {at}"));
+        };
+        let most = match (&further, most) {
+            (None, most) => most.unwrap_or(length).min(length),
+            (Some(_), Some(most)) => most,
+            (Some(_), None) => return Err(format!("`prefixItems` and `items` without `maxItems` at {at}")),
+        };
+        // Without other wishes, all of them.
+        let least = if items.is_none() && least == 0 && most == length { length } else { least };
+        if most < least || most - least > TUPLE_LENGTHS_MAX || most > TUPLE_ITEMS_MAX {
+            let limits = format!("{TUPLE_LENGTHS_MAX} lengths up to {TUPLE_ITEMS_MAX}");
+            return Err(format!("`prefixItems` with {least} to {most} items, of {limits} that are possible, at {at}"));
+        }
+        let all = first.into_iter().chain(further.into_iter().cycle());
+        let all: Vec<Value> = all.take(most).collect();
+        let each = (least..=most).map(|length| match length {
+            0 => json!({ "type": "array", "maxItems": 0 }),
+            _ => json!({ "type": "array", "prefixItems": all[..length] }),
+        });
+        let mut each: Vec<Value> = each.collect();
+        Ok(if each.len() == 1 { each.remove(0) } else { json!({ "anyOf": each }) })
+    }
+
+    /// A reference to what is at a place in the schema.
+    fn refer(&mut self, at: &str) -> Value {
+        json!({ "$ref": reference(self.number(at.trim_start_matches('#'))) })
+    }
+
+    fn object(&mut self, keywords: &Keywords<'a>, at: &str, depth: usize) -> Result<Value, String> {
+        let mut object = Map::from_iter([("type".to_owned(), "object".into())]);
+        let mut properties = Map::new();
+        if let Some(value) = keywords.get("properties") {
+            for (name, schema) in map(value, &format!("{at}/properties"))? {
+                let schema = self.schema(schema, &format!("{at}/properties/{}", escaped(name)), depth + 1)?;
+                properties.insert(name.clone(), schema);
+            }
+        }
+        let mut required = Vec::new();
+        if let Some(value) = keywords.get("required") {
+            for name in value.as_array().ok_or_else(|| format!("{at}/required has to be a list"))? {
+                let listed = name.as_str().is_some_and(|name| properties.contains_key(name));
+                if !listed {
+                    return Err(format!("`required`: {name}, which is not among `properties`, at {at}/required"));
+                }
+                required.push(name.clone());
+            }
+        }
+        match keywords.get("additionalProperties") {
+            // Beside properties the child writes no others, unless it is told to; then some that are no JSON.
+            None => {}
+            Some(Value::Bool(true)) if !properties.is_empty() => {}
+            Some(value @ Value::Bool(_)) => drop(object.insert("additionalProperties".into(), (*value).clone())),
+            Some(_) if !properties.is_empty() => {
+                return Err(format!("`additionalProperties` that are a schema beside `properties` at {at}"));
+            }
+            Some(value) => {
+                let schema = self.schema(value, &format!("{at}/additionalProperties"), depth + 1)?;
+                object.insert("additionalProperties".into(), schema);
+            }
+        }
+        if keywords.contains_key("properties") {
+            object.insert("properties".into(), properties.into());
+        }
+        object.insert("required".into(), required.into());
+        Ok(object.into())
+    }
+
+    /// One schema is that schema. Several have to be objects, and are put together.
+    fn all_of(&mut self, keywords: &Keywords<'a>, at: &str, depth: usize) -> Result<Value, String> {
+        let here = format!("{at}/allOf");
+        let several = list(keywords["allOf"], &here)?;
+        if let ([only], 1) = (several, keywords.len()) {
+            return self.schema(only, &format!("{here}/0"), depth + 1);
+        }
+        let own: Keywords<'a> =
+            keywords.iter().filter(|(name, _)| **name != "allOf").map(|(name, value)| (*name, *value)).collect();
+        let mut parts = vec![(own, at.to_owned())];
+        for (index, mut part) in several.iter().enumerate() {
+            let mut at = format!("{here}/{index}");
+            for _ in 0..DEPTH_MAX {
+                let Some(target) = part.get("$ref").and_then(Value::as_str).and_then(|text| text.strip_prefix('#'))
+                else {
+                    break;
+                };
+                let root = self.root;
+                part = root.pointer(target).ok_or_else(|| format!("`$ref`: #{target}, which is nowhere, at {at}"))?;
+                at = format!("#{target}");
+            }
+            parts.push((self::keywords(part, &at)?, at));
+        }
+        let (mut properties, mut required) = (Map::new(), Vec::new());
+        for (part, at) in &parts {
+            if let Some(other) = part.keys().find(|name| !matches!(**name, "type" | "properties" | "required")) {
+                return Err(format!("`allOf` of several, with `{other}`, at {at}"));
+            }
+            let kinds = types(part, at)?;
+            if !(kinds == ["object"]
+                || (kinds.is_empty() && (part.contains_key("properties") || part.contains_key("required"))))
+                && !part.is_empty()
+            {
+                return Err(format!("`allOf` of several that are not all objects at {at}"));
+            }
+            if let Some(value) = part.get("properties") {
+                for (name, schema) in map(value, &format!("{at}/properties"))? {
+                    let schema = self.schema(schema, &format!("{at}/properties/{}", escaped(name)), depth + 1)?;
+                    if properties.insert(name.clone(), schema).is_some() {
+                        return Err(format!("`allOf` with several properties called {name:?} at {at}"));
+                    }
+                }
+            }
+            if let Some(value) = part.get("required") {
+                required
+                    .extend(value.as_array().ok_or_else(|| format!("{at}/required has to be a list"))?.iter().cloned());
+            }
+        }
+        if let Some(name) =
+            required.iter().find(|name| !name.as_str().is_some_and(|name| properties.contains_key(name)))
+        {
+            return Err(format!("`required`: {name}, which is not among `properties`, at {here}"));
+        }
+        Ok(json!({ "type": "object", "properties": properties, "required": required }))
+    }
+}
+
+/// The keywords of a schema that say something, all of them known.
+fn keywords<'a>(schema: &'a Value, at: &str) -> Result<Keywords<'a>, String> {
+    let all = match schema {
+        Value::Object(all) => all,
+        Value::Bool(true) => return Ok(Keywords::new()),
+        _ => return Err(format!("{at} has to be an object")),
+    };
+    let said = all.iter().filter(|(keyword, _)| !ANNOTATIONS.contains(&keyword.as_str()));
+    let keywords: Keywords<'a> = said.map(|(keyword, value)| (keyword.as_str(), value)).collect();
+    let known = |keyword: &str| {
+        keyword == "type" || ALONE.contains(&keyword) || OF_TYPES.iter().any(|(_, of)| of.contains(&keyword))
+    };
+    match keywords.keys().find(|keyword| !known(keyword)) {
+        Some(keyword) => Err(format!("`{keyword}` at {at}/{keyword}")),
+        None => Ok(keywords),
+    }
+}
+
+/// The types that are named, none if any will do.
+fn types<'a>(keywords: &Keywords<'a>, at: &str) -> Result<Vec<&'a str>, String> {
+    let named: Vec<&Value> = match keywords.get("type") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(several)) if !several.is_empty() => several.iter().collect(),
+        Some(one) => vec![one],
+    };
+    let known = |name: &'a Value| name.as_str().filter(|name| TYPES.contains(name));
+    let types = named.into_iter().map(|name| known(name).ok_or_else(|| format!("`type`: {name} at {at}/type")));
+    types.collect()
+}
+
+/// Those of some values that are of the types that are named beside them.
+fn only_of_types(keywords: &Keywords<'_>, mut values: Vec<&Value>, at: &str) -> Result<Value, String> {
+    let types = types(keywords, at)?;
+    values.retain(|value| {
+        let own = type_of(value);
+        types.is_empty() || types.contains(&own) || (own == "integer" && types.contains(&"number"))
+    });
+    match values.is_empty() {
+        true => Err(format!("no value is possible at {at}")),
+        false => Ok(json!({ "enum": values })),
+    }
+}
+
+/// A name as a part of a pointer.
+fn escaped(name: &str) -> String {
+    name.replace('~', "~0").replace('/', "~1")
+}
+
+fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], String> {
+    match value.as_array() {
+        Some(several) if !several.is_empty() => Ok(several),
+        _ => Err(format!("{at} has to be a list with something in it")),
+    }
+}
+
+fn map<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, String> {
+    value.as_object().ok_or_else(|| format!("{at} has to be an object"))
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn what_the_child_enforces_passes() {
-        let schema = json!({
-            "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A person", "type": "object",
-            "properties": {
-                "name": { "type": "string", "minLength": 1, "maxLength": 9, "description": "who" },
-                "born": { "type": "string", "format": "date" },
-                "code": { "type": "string", "pattern": "^[a-z]{3}$" },
-                "age": { "type": "integer", "minimum": 0, "exclusiveMaximum": 150 },
-                "kind": { "enum": ["a", 1, null], "type": "string" },
-                "next": { "$ref": "#/$defs/next" },
-                "tags": { "type": "array", "items": { "type": "string" }, "minItems": 1 },
-                "either": { "anyOf": [{ "type": "null" }, { "const": 5 }] },
-            },
-            "required": ["name"], "additionalProperties": false,
-            "$defs": { "next": { "oneOf": [{ "type": "boolean" }, { "$ref": "#" }] } },
-        });
-        assert_eq!(check(&schema), Ok(()));
-        assert_eq!(check(&json!({})), Ok(()));
-    }
-
-    #[test]
-    fn what_the_child_would_pass_over_is_named() {
-        for (schema, named) in [
-            (json!({ "type": "number", "multipleOf": 3 }), "`multipleOf` at #/multipleOf"),
-            (json!({ "type": "number", "minimum": 3 }), "`minimum` without `type`: `integer`"),
-            (json!({ "not": {} }), "`not`"),
-            (json!({ "properties": { "a": { "uniqueItems": true } } }), "`uniqueItems` at #/properties/a/uniqueItems"),
-            (json!({ "type": "string", "pattern": "a" }), "not anchored"),
-            (json!({ "type": "string", "format": "email" }), "`format`: \"email\""),
-            (json!({ "type": "string", "pattern": "^a$", "maxLength": 3 }), "`maxLength` beside `pattern`"),
-            (json!({ "$ref": "https://example.org/x" }), "`$ref`"),
-            (json!({ "$ref": "#/$defs/none" }), "`$ref`"),
-            (json!({ "anyOf": [{}], "type": "object" }), "`anyOf` and `type` together"),
-            (json!({ "enum": [1], "const": 1 }), "together"),
-            (json!({ "items": false }), "`items`: false"),
-            (json!({ "properties": { "a": false } }), "has to be an object"),
-            (json!([]), "has to be an object"),
-        ] {
-            let error = check(&schema).unwrap_err();
-            assert!(error.contains(named), "{schema}: {error}");
-        }
-        let mut deep = json!({});
-        for _ in 0..=DEPTH_MAX {
-            deep = json!({ "items": deep });
-        }
-        assert!(check(&deep).unwrap_err().contains("levels deep"));
-    }
-}
+mod tests;
