@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::openai::{
     BadRequest,
     bad_request::{brief, element, kind},
+    message::CacheControl,
     schema::schema,
 };
 
@@ -38,22 +39,6 @@ schema!(Content, "AnthropicContent", |generator| {
     block = json_schema!({ "anyOf": [block, others[0], others[1], others[2]] });
     json_schema!({ "anyOf": [{ "type": "string" }, { "type": "array", "items": block }] })
 });
-
-/// Says that a prompt may be remembered up to here. Accepted and put to no use: beginnings are remembered without.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "a cache control object")]
-#[allow(missing_docs, dead_code)]
-pub struct CacheControl {
-    #[serde(rename = "type")]
-    kind: Ephemeral,
-    ttl: Option<String>,
-}
-
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-enum Ephemeral {
-    Ephemeral,
-}
 
 /// `text`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
