@@ -60,14 +60,24 @@ def test_forced_tool(client, model, weather):
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": weather}}]
     for choice in ["required", {"type": "function", "function": {"name": "get_weather"}}]:
         ask = dict(model=model, messages=HELLO, tools=tools, tool_choice=choice, max_tokens=200, seed=1)
-        call = client.chat.completions.create(**ask).choices[0].message.tool_calls[0]
-        assert call.function.name == "get_weather"
-        assert set(json.loads(call.function.arguments)) == {"city", "unit"}
-        name, arguments = "", ""
+        whole = client.chat.completions.create(**ask).choices[0].message.tool_calls
+        assert whole and all(call.function.name == "get_weather" for call in whole)
+        assert all(set(json.loads(call.function.arguments)) == {"city", "unit"} for call in whole)
+        streamed = {}
         for chunk in client.chat.completions.create(**ask, stream=True):
             for part in chunk.choices[0].delta.tool_calls or []:
-                name, arguments = name + (part.function.name or ""), arguments + (part.function.arguments or "")
-        assert (name, arguments) == (call.function.name, call.function.arguments)
+                name, arguments = streamed.get(part.index, ("", ""))
+                streamed[part.index] = (name + (part.function.name or ""), arguments + (part.function.arguments or ""))
+        calls = [(call.function.name, call.function.arguments) for call in whole]
+        assert [streamed[index] for index in range(len(streamed))] == calls
+
+
+def test_one_call(client, model, weather):
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": weather}}]
+    answer = client.chat.completions.create(
+        model=model, messages=HELLO, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=200
+    )
+    assert len(answer.choices[0].message.tool_calls) == 1
 
 
 def test_completions(client, model):

@@ -2,4 +2,5 @@
 //! themselves are in `tests/`.
 
 pub mod engine;
+pub mod schemas;
 pub mod shared;

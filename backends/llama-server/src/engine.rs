@@ -140,9 +140,6 @@ impl LlamaEngine {
 
     fn check(&self, job: &Job, prompt: &[u32]) -> Result<(), SubmitError> {
         let max = self.capabilities.context_tokens_max;
-        if let Some(Constraint { grammar: Grammar::JsonSchema(schema), .. }) = &job.constraint {
-            schema::check(schema).map_err(|what| SubmitError::Grammar { what })?;
-        }
         if prompt.is_empty() {
             return Err(SubmitError::Empty);
         }
@@ -187,10 +184,13 @@ impl Engine for LlamaEngine {
         self.state.subscribe()
     }
 
-    async fn submit(&self, job: Job) -> Result<EventStream, SubmitError> {
+    async fn submit(&self, mut job: Job) -> Result<EventStream, SubmitError> {
         let place = self.admit()?;
         if let Some(knob) = self.capabilities.lacking(&job).into_iter().next() {
             return Err(SubmitError::Unsupported { knob });
+        }
+        if let Some(Constraint { grammar: Grammar::JsonSchema(schema), .. }) = &mut job.constraint {
+            *schema = Arc::new(schema::translated(schema).map_err(|what| SubmitError::Grammar { what })?);
         }
         let prompt = self.tokens(&job.prompt).await?;
         self.check(&job, &prompt)?;

@@ -5,7 +5,7 @@
 //! - [`backend`], [`capability`], [`election`]: who can serve it, how well, and who is chosen.
 //! - [`engine`]: a loaded model: jobs in, events out.
 //! - [`queue`]: who waits for a place in an engine, and for how long.
-//! - [`sampling`], [`constraint`], [`chat`]: what a request says.
+//! - [`sampling`], [`constraint`], [`formats`], [`chat`]: what a request says.
 //! - [`registry`]: discovery of what the binary links.
 //! - [`error`]: one small enum for each moment that can fail.
 
@@ -17,6 +17,7 @@ pub mod election;
 pub mod engine;
 pub mod error;
 pub mod family;
+pub mod formats;
 pub mod profile;
 pub mod progress;
 pub mod queue;

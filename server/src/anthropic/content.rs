@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::openai::{
     BadRequest,
     bad_request::{brief, element, kind},
+    message::CacheControl,
     schema::schema,
 };
 
@@ -38,22 +39,6 @@ schema!(Content, "AnthropicContent", |generator| {
     block = json_schema!({ "anyOf": [block, others[0], others[1], others[2]] });
     json_schema!({ "anyOf": [{ "type": "string" }, { "type": "array", "items": block }] })
 });
-
-/// Says that a prompt may be remembered up to here. Accepted and put to no use: beginnings are remembered without.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "a cache control object")]
-#[allow(missing_docs, dead_code)]
-pub struct CacheControl {
-    #[serde(rename = "type")]
-    kind: Ephemeral,
-    ttl: Option<String>,
-}
-
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-enum Ephemeral {
-    Ephemeral,
-}
 
 /// `text`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -93,6 +78,9 @@ pub struct ToolUseBlock {
     pub cache_control: Option<CacheControl>,
     /// Clients send back what they were given, and their own words for it.
     pub caller: Option<Caller>,
+    /// Only null is possible: no tool here belongs to a set of tools.
+    #[schemars(with = "()")]
+    pub toolset_name: Option<String>,
 }
 
 /// Who made a call.
@@ -246,6 +234,9 @@ fn assistant(path: &str, blocks: Vec<(String, String, Value)>) -> Result<Message
             }
             "tool_use" => {
                 let block: ToolUseBlock = element(&path, block)?;
+                if block.toolset_name.is_some() {
+                    return Err(BadRequest::unsupported(format!("{path}.toolset_name"), "there are no sets of tools"));
+                }
                 message.tool_calls.push(ToolCall {
                     id: block.id,
                     kind: "function".into(),

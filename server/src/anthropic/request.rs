@@ -7,12 +7,13 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::content::{self, CacheControl, Content, WireMessage};
+use super::content::{self, Content, WireMessage};
 use crate::{
     openai::{
         BadRequest,
         bad_request::brief,
         fields::{refuse_set, stops, tokens_max, within},
+        message::CacheControl,
     },
     pipeline::{self, Ask, Chat, Effort, Subject},
 };

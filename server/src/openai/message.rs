@@ -52,9 +52,27 @@ pub struct Part {
     pub kind: String,
     #[schemars(required)]
     pub text: Option<String>,
+    /// Anthropic's, which clients send to any server.
+    pub cache_control: Option<CacheControl>,
     /// What other types of parts carry.
     #[serde(flatten)]
     pub rest: serde_json::Map<String, Value>,
+}
+
+/// Says that a prompt may be remembered up to here. Accepted and put to no use: beginnings are remembered without.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "a cache control object")]
+#[allow(missing_docs, dead_code)]
+pub struct CacheControl {
+    #[serde(rename = "type")]
+    kind: Ephemeral,
+    ttl: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum Ephemeral {
+    Ephemeral,
 }
 
 impl<'de> Deserialize<'de> for Content {

@@ -246,7 +246,8 @@ async fn values_that_change_nothing_are_accepted_of_any_engine() {
 async fn parts_of_text_and_earlier_calls_reach_the_template() {
     let server = Server::start(Form::Text, vec![STOP]).await;
     let messages = json!([
-        { "role": "user", "content": [{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }] },
+        { "role": "user", "content": [{ "type": "text", "text": "a", "cache_control": { "type": "ephemeral" } },
+            { "type": "text", "text": "b" }] },
         { "role": "assistant", "content": null, "refusal": null, "tool_calls": [
             { "id": "1", "type": "function", "function": { "name": "f", "arguments": "{}" } }] },
         { "role": "tool", "tool_call_id": "1", "content": "c" },

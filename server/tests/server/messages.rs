@@ -139,7 +139,8 @@ async fn what_is_said_reaches_the_template_and_knobs_the_engine() {
             { "role": "user", "content": "Hi" },
             { "role": "assistant", "content": [
                 { "type": "thinking", "thinking": "hm", "signature": "abc" }, { "type": "text", "text": "Yes" },
-                { "type": "tool_use", "id": "t1", "name": "f", "input": {}, "caller": { "type": "direct" } },
+                { "type": "tool_use", "id": "t1", "name": "f", "input": {}, "caller": { "type": "direct" },
+                  "toolset_name": null },
             ] },
             { "role": "user", "content": [
                 { "type": "tool_result", "tool_use_id": "t1", "content": [{ "type": "text", "text": "no" }], "is_error": true },

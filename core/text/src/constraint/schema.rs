@@ -1,6 +1,7 @@
 //! Which JSON schemas can be enforced while an answer is written. Everything else is refused by its keyword: a schema that is
 //! enforced in part would be a promise not kept.
 
+use mesh_core::formats::{self, pattern};
 use serde_json::{Map, Value};
 
 /// Longest schema, in bytes of JSON.
@@ -59,28 +60,8 @@ const ANNOTATIONS: &[&str] = &[
     "contentMediaType",
     "contentEncoding",
 ];
-/// Formats that are enforced.
-const FORMATS: &[&str] = &["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"];
-
-/// Every fourth year's 29 February; full centuries are left out.
-const DATE: &str = "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)\
-                    |02-(?:0[1-9]|1[0-9]|2[0-8]))|[0-9]{2}(?:0[48]|[2468][048]|[13579][26])-02-29)";
-/// Without leap seconds, of which only some are times.
-const TIME: &str = "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,9})?\
-                    (?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])";
-const LABEL: &str = "[A-Za-z0-9]{1,14}(?:-[A-Za-z0-9]{1,14}){0,3}";
-
-/// A pattern for formats that the grammar's own expression is too generous with: it knows neither calendar nor lengths.
-fn pattern(format: &str) -> Option<String> {
-    Some(match format {
-        "date" => format!("^{DATE}$"),
-        "time" => format!("^{TIME}$"),
-        "date-time" => format!("^{DATE}T{TIME}$"),
-        "hostname" => format!("^{LABEL}(?:\\.{LABEL}){{0,3}}$"),
-        "email" => format!("^[A-Za-z0-9_+-]{{1,20}}(?:\\.[A-Za-z0-9_+-]{{1,20}}){{0,2}}@{LABEL}(?:\\.{LABEL}){{1,2}}$"),
-        _ => return None,
-    })
-}
+/// Formats that the grammar's own expressions are right about. Others have patterns: [`mesh_core::formats`].
+const FORMATS: &[&str] = &["duration", "ipv4", "ipv6", "uri"];
 
 /// The schema as grammars are made of it, without annotations and keywords that ask for nothing.
 ///
@@ -106,7 +87,7 @@ fn walk(at: &str, schema: &Value) -> Result<Value, SchemaError> {
         _ => return Err(refused(here("$"), "a schema has to be an object or a boolean")),
     };
     let mut kept = Map::new();
-    let mut formats = None;
+    let mut texts_of_format = None;
     for (key, value) in schema {
         let at = here(key);
         let key = key.as_str();
@@ -123,7 +104,7 @@ fn walk(at: &str, schema: &Value) -> Result<Value, SchemaError> {
                 // Beside a pattern that the schema has itself. Formats say nothing about what is no text.
                 let texts = serde_json::json!({ "type": "string", "pattern": pattern });
                 let types = ["null", "boolean", "number", "array", "object"];
-                formats = Some(match schema.get("type") {
+                texts_of_format = Some(match schema.get("type") {
                     Some(Value::String(kind)) if kind == "string" => texts,
                     _ => serde_json::json!({ "anyOf": [texts, { "type": types }] }),
                 });
@@ -131,7 +112,10 @@ fn walk(at: &str, schema: &Value) -> Result<Value, SchemaError> {
             }
             "format" => match value.as_str() {
                 Some(format) if FORMATS.contains(&format) => value.clone(),
-                _ => return Err(refused(at, format!("formats that can be: {}", FORMATS.join(", ")))),
+                _ => {
+                    let names = [&formats::NAMES, FORMATS].concat().join(", ");
+                    return Err(refused(at, format!("formats that can be: {names}")));
+                }
             },
             "$ref" => match value.as_str() {
                 Some(target) if is_local(target) => value.clone(),
@@ -142,7 +126,7 @@ fn walk(at: &str, schema: &Value) -> Result<Value, SchemaError> {
         };
         kept.insert(key.to_owned(), value);
     }
-    if let Some(format) = formats {
+    if let Some(format) = texts_of_format {
         match kept.entry("allOf").or_insert_with(|| Value::Array(Vec::new())) {
             Value::Array(all) => all.push(format),
             // A list is all that gets here.
