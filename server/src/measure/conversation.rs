@@ -19,7 +19,7 @@ pub struct Conversation {
 }
 
 /// How often the last turn's prompt is asked again, and an unknown one: a first time may be slower for what is made then.
-pub const TIMES: u32 = 3;
+const TIMES: u32 = 3;
 
 /// One turn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -39,9 +39,9 @@ pub struct Turn {
 pub struct ConversationRun {
     /// Its turns.
     pub turns: Vec<Turn>,
-    /// The time that the last turn's prompt takes when it is asked again, in seconds: the median of [`TIMES`].
+    /// The time that the last turn's prompt takes when it is asked again, in seconds: the median of three.
     pub warm_ttft_s: f64,
-    /// The time that an unknown prompt of the same length takes, in seconds: the median of [`TIMES`].
+    /// The time that an unknown prompt of the same length takes, in seconds: the median of three.
     pub cold_ttft_s: f64,
     /// The last turn's prompt, for another engine.
     #[serde(skip)]
