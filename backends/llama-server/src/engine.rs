@@ -288,7 +288,17 @@ impl Running {
             // A reader too slow for positions goes without: the place comes to it all the same.
             () = place.turn(|ahead| drop(self.events.try_send(Ok(Event::Queued { ahead })))) => {}
         }
-        match self.stream(body).await {
+        let ended = async {
+            let _ = state.wait_for(EngineState::is_over).await;
+            // What the child said before is still to be read.
+            sleep(REASON_MAX).await;
+        };
+        let outcome = tokio::select! {
+            biased;
+            outcome = self.stream(body) => outcome,
+            () = ended => Err(ClientError::CutOff),
+        };
+        match outcome {
             Ok(last) => Ok(last),
             Err(error) => Err(match reason(&self.state, &error).await {
                 // What the child was sent may be what ended it, and is handed to no other.

@@ -345,6 +345,20 @@ async fn an_abandoned_drain_can_be_finished_by_another() {
     assert_eq!(*engine.state().borrow(), EngineState::Stopped);
 }
 
+/// The child is gone, and the connection to it does not tell.
+#[tokio::test]
+async fn an_answer_ends_with_its_child_whatever_becomes_of_the_connection() {
+    let (port, _closings) = stand_in(Answer::Silent(PIECE)).await;
+    let engine = engine_at(port, 1000 * SOON).await;
+    let mut stream = engine.submit(text()).await.unwrap();
+    assert!(matches!(stream.next().await, Some(Ok(Event::Text { .. }))));
+    engine.end_child().await;
+    match events(stream).await.as_slice() {
+        [Err(EngineError::Failed { what })] => assert!(what.contains("exited with signal"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[tokio::test]
 async fn an_idle_engine_drains_at_once() {
     let (engine, _) = engine(Answer::Silent("")).await;

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use mesh_graph::{Blueprint, Cache, Point, Segment, ffi};
+use mesh_graph::{Blueprint, Cache, Point, Segment, ffi, memory};
 use mlx_rs::{Array, Dtype, error::Exception};
 
 use crate::prefix::{self, DiskSettings, Limits, NamedTensor, Payload, PrefixStore};
@@ -43,7 +43,9 @@ impl Remembered {
 
     /// Writes a little of what no file has yet; answers whether there is more.
     pub fn save_some(&mut self) -> bool {
-        self.store.flush_some()
+        let more = self.store.flush_some();
+        forget_shared_buffers();
+        more
     }
 
     /// Brings a little of what only files have to memory, as long as no more than `bytes_max` are held; answers whether there
@@ -57,6 +59,7 @@ impl Remembered {
             tracing::warn!("a prefix from a file did not reach the device: {}", error.what());
             return false;
         }
+        forget_shared_buffers();
         more
     }
 
@@ -113,6 +116,9 @@ impl Remembered {
             return;
         }
         let evicted = self.store.evict(bytes_max);
+        if self.files {
+            forget_shared_buffers();
+        }
         tracing::debug!(?evicted, bytes_max, held_bytes = self.store.bytes(), "prefixes forgotten");
     }
 
@@ -120,6 +126,11 @@ impl Remembered {
     pub fn bytes(&self) -> u64 {
         self.store.bytes()
     }
+}
+
+/// What went through the host has left buffers behind that host and device share: slow ones to compute with.
+fn forget_shared_buffers() {
+    memory::clear_cache();
 }
 
 fn key(tokens: &[u32], long: bool) -> Cow<'_, [u32]> {

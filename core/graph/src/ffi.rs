@@ -191,7 +191,11 @@ pub fn slice_update<const N: usize>(
 }
 
 /// The elements of `x`, row by row, as they lie in memory; waits for the device.
+///
+/// What is read is a copy: on CUDA an array that the host has read stays in memory that host and device share, whose
+/// pages have to come back one by one when the device reads it next.
 pub fn to_bytes(x: &Array) -> Result<Vec<u8>, Exception> {
+    let x = mlx_rs::ops::select(Array::from_bool(true), x, x)?;
     let x = op("contiguous", |out, stream| unsafe { mlx_sys::mlx_contiguous(out, x.as_ptr(), false, stream) })?;
     x.eval()?;
     // SAFETY: the array is evaluated and row-contiguous, so that its data are `nbytes` bytes in order; they are copied

@@ -22,6 +22,13 @@ pub fn reset_peak() {
     let _ = memory::reset_peak_memory();
 }
 
+/// Gives freed buffers back to the system if they are more than these.
+pub fn clear_cache_beyond(bytes_max: u64) {
+    if cached_bytes() > bytes_max {
+        clear_cache();
+    }
+}
+
 /// Gives freed buffers back to the system.
 pub fn clear_cache() {
     let _ = memory::clear_cache();

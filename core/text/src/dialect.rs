@@ -106,6 +106,11 @@ pub trait Dialect: Send + Sync {
         None
     }
 
+    /// What ids of calls look like in a conversation.
+    fn call_ids(&self) -> CallIds {
+        CallIds::Any
+    }
+
     /// Whether a chat template's text shows that its model speaks this dialect.
     fn evidence(&self, template: &str) -> Option<Evidence> {
         let _ = template;
@@ -118,6 +123,19 @@ pub trait Dialect: Send + Sync {
         let _ = context;
         &[]
     }
+}
+
+/// What ids of calls look like in a conversation, so that the model's template takes back what was answered, and the model
+/// sees what it was trained on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CallIds {
+    /// Anything; most templates leave them out.
+    #[default]
+    Any,
+    /// Nine letters and digits; other ids are refused by the templates.
+    NineAlphanumerics,
+    /// `functions.NAME:NUMBER`, the calls of a conversation counted from 0.
+    FunctionAndNumber,
 }
 
 /// What in a template speaks for a dialect.

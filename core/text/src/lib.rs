@@ -29,8 +29,8 @@ pub use choice::{Choice, choose};
 pub use constraint::{ConstraintError, Vocabulary};
 pub use decoder::StreamDecoder;
 pub use dialect::{
-    Answer, AnsweredCall, CallSchema, Delta, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, assemble,
-    dialects,
+    Answer, AnsweredCall, CallIds, CallSchema, Delta, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm,
+    assemble, dialects,
 };
 pub use mesh_core::error::TemplateError;
 pub use stop::{StopFilter, StopOutput};

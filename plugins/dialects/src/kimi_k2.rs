@@ -3,7 +3,7 @@
 //! `<|tool_calls_section_begin|><|tool_call_begin|>functions.NAME:INDEX<|tool_call_argument_begin|>{…}<|tool_call_end|>
 //! <|tool_calls_section_end|>`
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
+use mesh_text::{CallIds, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
 
 use crate::{
     call,
@@ -47,6 +47,10 @@ impl Dialect for KimiK2 {
 
     fn reasoning(&self) -> Option<ReasoningForm> {
         think::Think.reasoning()
+    }
+
+    fn call_ids(&self) -> CallIds {
+        CallIds::FunctionAndNumber
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

@@ -1,7 +1,7 @@
 //! Reasoning in `[THINK]…[/THINK]`, then content and calls: Mistral. Three forms, by age:
 //! `[TOOL_CALLS][{"name": …, "arguments": …}, …]`, `[TOOL_CALLS]NAME[CALL_ID]ID[ARGS]{…}` and `[TOOL_CALLS]NAME[ARGS]{…}`.
 
-use mesh_text::{Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
+use mesh_text::{CallIds, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm, register_dialect};
 
 use crate::{
     call,
@@ -39,6 +39,10 @@ impl Dialect for Mistral {
 
     fn reasoning(&self) -> Option<ReasoningForm> {
         Some(ReasoningForm { open: THINK[0], close: THINK[1], content: "" })
+    }
+
+    fn call_ids(&self) -> CallIds {
+        CallIds::NineAlphanumerics
     }
 
     fn evidence(&self, template: &str) -> Option<Evidence> {

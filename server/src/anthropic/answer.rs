@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::pipeline::{Finish, Finished};
+use crate::pipeline::{CallIds, Finish, Finished};
 
 /// A message of the assistant.
 #[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
@@ -131,11 +131,12 @@ pub struct Writer {
     /// Whether the last block may still grow.
     open: bool,
     calls: usize,
+    call_ids: CallIds,
 }
 
 impl Writer {
     /// An answer that is yet to be written.
-    pub fn new(id: String, model: String) -> Self {
+    pub fn new(id: String, model: String, call_ids: CallIds) -> Self {
         let message = Message {
             id,
             kind: "message",
@@ -146,7 +147,7 @@ impl Writer {
             stop_sequence: None,
             usage: MessageUsage::default(),
         };
-        Self { message, open: false, calls: 0 }
+        Self { message, open: false, calls: 0, call_ids }
     }
 
     /// What comes first.
@@ -182,7 +183,7 @@ impl Writer {
             Delta::ToolCall { name, arguments, .. } => {
                 self.close(&mut events);
                 let id = self.message.id.rsplit('_').next().unwrap_or_default();
-                let id = format!("toolu_{id}_{}", self.calls);
+                let id = self.call_ids.id(format!("toolu_{id}_{}", self.calls), self.calls, &name);
                 self.calls += 1;
                 self.begin(Block::ToolUse { id, name, input: Map::new() }, &mut events);
                 // Dialects give the text of an object and nothing else.

@@ -3,7 +3,7 @@
 use mesh_core::{Engine, Job, Landmarks};
 use serde::Serialize;
 
-use super::{MeasureError, Timed, job, time, tokens};
+use super::{MeasureError, Spread, Timed, job, time, tokens};
 
 /// A conversation to be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,9 @@ pub struct Conversation {
     /// Tokens are drawn below this id.
     pub vocab_size: u32,
 }
+
+/// How often the last turn's prompt is asked again, and an unknown one: a first time may be slower for what is made then.
+const TIMES: u32 = 3;
 
 /// One turn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -36,9 +39,9 @@ pub struct Turn {
 pub struct ConversationRun {
     /// Its turns.
     pub turns: Vec<Turn>,
-    /// The time that the last turn's prompt takes when it is asked again, in seconds.
+    /// The time that the last turn's prompt takes when it is asked again, in seconds: the median of three.
     pub warm_ttft_s: f64,
-    /// The time that an unknown prompt of the same length takes, in seconds.
+    /// The time that an unknown prompt of the same length takes, in seconds: the median of three.
     pub cold_ttft_s: f64,
     /// The last turn's prompt, for another engine.
     #[serde(skip)]
@@ -80,10 +83,13 @@ pub async fn measure_conversation(
         history = [&prompt[..], &timed.tokens].concat();
         last_prompt = prompt;
     }
-    let warm_ttft_s = resume_conversation(engine, &last_prompt).await?.0;
-    let unknown = tokens(last_prompt.len() as u32, vocab_size, u32::MAX - 1);
-    let cold = ask(engine, &unknown, 2).await?;
-    let cold_ttft_s = (cold.first - cold.started).as_secs_f64();
+    let (mut warm, mut cold) = (Vec::new(), Vec::new());
+    for time in 0..TIMES {
+        warm.push(resume_conversation(engine, &last_prompt).await?.0);
+        let unknown = tokens(last_prompt.len() as u32, vocab_size, u32::MAX - 1 - time);
+        cold.push(resume_conversation(engine, &unknown).await?.0);
+    }
+    let [warm_ttft_s, cold_ttft_s] = [warm, cold].map(|times| Spread::of(times).median);
     Ok(ConversationRun { turns: had, warm_ttft_s, cold_ttft_s, last_prompt })
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::logprobs::{ChatLogprobs, TextLogprobs};
 use crate::{
     defaults::ReasoningField,
-    pipeline::{Finish, Finished, TokenText},
+    pipeline::{CallIds, Finish, Finished, TokenText},
 };
 
 /// Why an answer ended.
@@ -116,6 +116,8 @@ pub struct Envelope {
     pub reasoning_field: ReasoningField,
     /// Answers to each prompt.
     pub choices: usize,
+    /// How calls are named.
+    pub call_ids: CallIds,
 }
 
 impl Envelope {
@@ -152,9 +154,10 @@ pub struct AnswerFunction {
 }
 
 /// The id of an answer's tool call. Derived, so that streamed and blocking answers to one request agree.
-fn call_id(envelope: &Envelope, choice: u32, index: usize) -> String {
+fn call_id(envelope: &Envelope, choice: u32, index: usize, name: &str) -> String {
     let id = envelope.id.rsplit('-').next().unwrap_or_default();
-    if choice == 0 { format!("call_{id}_{index}") } else { format!("call_{id}_{choice}_{index}") }
+    let own = if choice == 0 { format!("call_{id}_{index}") } else { format!("call_{id}_{choice}_{index}") };
+    envelope.call_ids.id(own, index, name)
 }
 
 /// `chat.completion`.
@@ -221,7 +224,7 @@ impl ChatCompletion {
 fn message(envelope: &Envelope, choice: u32, answer: Answer, malformed_calls: u32) -> AnswerMessage {
     let calls = answer.tool_calls.into_iter().enumerate().map(|(index, call)| AnswerCall {
         index: None,
-        id: call_id(envelope, choice, index),
+        id: call_id(envelope, choice, index, &call.name),
         kind: "function".into(),
         function: AnswerFunction { name: call.name, arguments: call.arguments },
     });
@@ -318,7 +321,7 @@ impl ChatChunk {
             Delta::ToolCall { index: call, name, arguments } => ChunkDelta {
                 tool_calls: vec![AnswerCall {
                     index: Some(call),
-                    id: call_id(envelope, index, call as usize),
+                    id: call_id(envelope, index, call as usize, &name),
                     kind: "function".into(),
                     function: AnswerFunction { name, arguments },
                 }],

@@ -12,6 +12,7 @@ use mesh_core::{EngineError, Event, EventStream, FinishReason, Timings, Usage};
 use mesh_text::{Answer, Delta, DialectParser, StopFilter, StreamDecoder, assemble};
 
 use super::{
+    CallIds,
     hand_over::{HandOver, InLine},
     ledger::{Ledger, TokenText},
     prompt::Reader,
@@ -88,6 +89,7 @@ pub struct AnswerStream {
     calls: u32,
     calls_max: Option<u32>,
     malformed_calls: u32,
+    call_ids: CallIds,
     /// As long as nothing was computed.
     hand_over: Option<HandOver>,
     /// The way to the next engine.
@@ -108,12 +110,14 @@ pub(crate) struct Reading {
     pub echo: Option<String>,
     /// Report its tokens.
     pub logprobs: bool,
+    /// How its calls are named.
+    pub call_ids: CallIds,
 }
 
 impl AnswerStream {
     /// An answer made of `events`.
     pub(crate) fn new(model: Arc<Lease>, events: EventStream, reading: Reading) -> Self {
-        let Reading { stop, reader, prompt_tokens, echo, logprobs } = reading;
+        let Reading { stop, reader, prompt_tokens, echo, logprobs, call_ids } = reading;
         // A text completion continues its prompt, down to the space between them.
         let (markers, continues) = reader.as_ref().map_or((&[][..], true), |reader| (reader.markers, false));
         let chars = echo.as_ref().map_or(0, |echo| echo.chars().count());
@@ -131,6 +135,7 @@ impl AnswerStream {
             ledger: Ledger::new(logprobs, chars),
             calls: 0,
             malformed_calls: 0,
+            call_ids,
             hand_over: None,
             moving: None,
             model,
@@ -140,6 +145,11 @@ impl AnswerStream {
     /// Who answers.
     pub fn model(&self) -> &Arc<ServedModel> {
         &self.model
+    }
+
+    /// How its calls are named.
+    pub fn call_ids(&self) -> CallIds {
+        self.call_ids
     }
 
     /// The same, and should the engine end before the request's turn, the next one is handed it.

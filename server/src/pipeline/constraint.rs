@@ -7,7 +7,7 @@ use mesh_text::{
     CallSchema, ConstraintError, Dialect,
     constraint::{reasoning, schema, watched::watched},
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{PipelineError, ToolChoice, forced};
 use crate::served::ServedModel;
@@ -29,6 +29,17 @@ pub(super) struct Calls {
     forced: bool,
 }
 
+/// Keywords beside which `additionalProperties` may speak of properties that they name.
+const NAMING: [&str; 7] = ["$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties"];
+
+/// Arguments are those that the function declares, unless it says otherwise: a schema that is silent lets a model that has to
+/// call make more of them up without end.
+fn close(parameters: &mut Map<String, Value>) {
+    if parameters.contains_key("properties") && !NAMING.iter().any(|keyword| parameters.contains_key(*keyword)) {
+        parameters.entry("additionalProperties").or_insert(Value::Bool(false));
+    }
+}
+
 impl Calls {
     /// Those of `tools` that `choice` forces. Where it leaves the choice to the model, they have to fit where functions are
     /// strict.
@@ -48,6 +59,7 @@ impl Calls {
                     if !parameters.contains_key("$ref") {
                         parameters.entry("type").or_insert_with(|| "object".into());
                     }
+                    close(&mut parameters);
                     Value::Object(parameters)
                 }
                 _ => json!({ "type": "object", "properties": {}, "additionalProperties": false }),
@@ -178,4 +190,24 @@ pub(super) fn settle(
     };
     let constraint = grammar.or_else(anything).map(|grammar| Constraint { grammar, rules });
     Ok(Settled { constraint, at_once, plain_calls })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_those_that_are_declared_unless_the_schema_speaks_of_others() {
+        let parameters = |schema: Value| {
+            let tool = json!({ "type": "function", "function": { "name": "f", "parameters": schema } });
+            let calls = Calls::of(&[tool], &ToolChoice::Required, true).unwrap();
+            calls.schemas[0].parameters["additionalProperties"].clone()
+        };
+        let declared = json!({ "a": { "type": "string" } });
+        assert_eq!(parameters(json!({ "properties": declared })), false);
+        assert_eq!(parameters(json!({ "type": "object", "properties": {} })), false);
+        assert_eq!(parameters(json!({ "properties": declared, "additionalProperties": true })), true);
+        assert_eq!(parameters(json!({ "type": "object" })), Value::Null);
+        assert_eq!(parameters(json!({ "properties": declared, "anyOf": [{ "required": ["a"] }] })), Value::Null);
+    }
 }

@@ -4,6 +4,7 @@
 //! Knows neither HTTP nor JSON of any API.
 
 pub mod answer;
+pub mod call_ids;
 pub mod choices;
 mod constraint;
 pub mod embed;
@@ -21,6 +22,7 @@ use mesh_core::{Grammar, Job, Knob, Sampling, chat::Message};
 use serde_json::{Map, Value};
 
 pub use answer::{AnswerStream, Finish, Finished, Part, collect};
+pub use call_ids::CallIds;
 pub use choices::{Choices, likeliest};
 pub use error::PipelineError;
 pub use hand_over::InLine;
@@ -164,6 +166,7 @@ pub async fn open_all(model: Lease, asks: Vec<Ask>) -> Result<Vec<AnswerStream>,
             logprobs: ask.logprobs.or(ask.ranked.then_some(0)),
             ..Job::new(id.clone(), mesh_core::Prompt::Tokens(Vec::new()))
         };
+        let call_ids = CallIds::new(model.dialect.call_ids(), &ask.subject);
         let wish = constraint::Wish { grammar: ask.grammar, breakers: breakers(&job.sampling) };
         settle_knobs(&model, &mut job)?;
         let prepared = prompt::prepare(&model, ask.subject, wish, ask.echo).await?;
@@ -192,6 +195,7 @@ pub async fn open_all(model: Lease, asks: Vec<Ask>) -> Result<Vec<AnswerStream>,
                 prompt_tokens,
                 echo: prepared.echo.clone(),
                 logprobs: ask.logprobs.is_some(),
+                call_ids,
             };
             // What was admitted before is cancelled as it is dropped.
             let events = model.handle.submit(job).await?;

@@ -14,7 +14,7 @@ use crate::{
         parse,
         response::{ChatChunk, ChatCompletion, Envelope, TextCompletion, WireUsage},
     },
-    pipeline,
+    pipeline::{self, AnswerStream},
     sse::{self, Shape},
 };
 
@@ -62,7 +62,8 @@ async fn generated(shape: Shape, door: Arc<Door>, mut call: Call) -> Result<Resp
     let (model, answers) = ticket.unless_cancelled(opening).await.map_err(named)?;
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let reasoning_field = answers.first().map(|answer| answer.model().manner.reasoning_field).unwrap_or_default();
-    let envelope = Envelope { id, created, model, reasoning_field, choices };
+    let call_ids = answers.first().map(AnswerStream::call_ids).unwrap_or_default();
+    let envelope = Envelope { id, created, model, reasoning_field, choices, call_ids };
     let answers: Vec<_> = answers.into_iter().map(|answer| ticket.watch(answer)).collect();
     drop(ticket);
     if shared.stream {

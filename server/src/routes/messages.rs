@@ -61,9 +61,9 @@ async fn messages(door: Arc<Door>, mut call: Call) -> Result<Response, ApiError>
     let ticket = door.running.enter([id.as_str()].into_iter().chain(call.request_id()))?;
     let opening = opened(&door.slots, &model, ask);
     let (model, parts) = ticket.unless_cancelled(opening).await.map_err(|error| error.renamed(NAMES))?;
+    let writer = Writer::new(id, model, parts.call_ids());
     let parts = ticket.watch(parts);
     drop(ticket);
-    let writer = Writer::new(id, model);
     if stream {
         return Ok(streamed(parts, writer, call.request_id().map(str::to_owned)));
     }

@@ -103,12 +103,13 @@ async fn responses(door: Arc<Door>, mut call: Call) -> Result<Response, ApiError
     let ticket = door.running.enter([id.as_str()].into_iter().chain(call.request_id()))?;
     let opening = opened(&door.slots, &asked.model, asked.ask(&id, &before));
     let (model, parts) = ticket.unless_cancelled(opening).await.map_err(|error| error.renamed(NAMES))?;
+    let call_ids = parts.call_ids();
     let parts = ticket.watch(parts);
     drop(ticket);
     let created_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let store = asked.echo.store.then(|| door.store.clone());
     let conversation = before.into_iter().chain(asked.messages).collect();
-    let writer = Writer::new(id, created_at, model, asked.echo, asked.sealed);
+    let writer = Writer::new(id, created_at, model, asked.echo, asked.sealed, call_ids);
     let record = Record::new(writer, store, asked.items, conversation);
     if asked.stream {
         return Ok(streamed(parts, record));

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use super::payload::NamedTensor;
 
 /// What files are written as. Another format has another name.
-pub(super) const FORMAT: &str = "mesh-llm-prefix-1";
+pub(super) const FORMAT: &str = "mesh-llm-prefix-2";
 
 /// Tokens of a run.
 pub(super) const RUN_TOKENS_MAX: usize = 1 << 20;

@@ -7,6 +7,11 @@ use mlx_rs::{Array, error::Exception, transforms};
 use super::Runner;
 use crate::{device::gate, group::Group, memory::CHUNK_BYTES_MAX, schedule::Id, sequence::Sequence, watchdog::Doing};
 
+/// Freed buffers that may stay for the next chunk, in bytes: those of a short one. What a long chunk leaves behind fits
+/// nothing else; but buffers that go back to the system have to be mapped anew, which on CUDA takes longer than to compute
+/// a short chunk.
+const FREED_BYTES_MAX: u64 = 64 << 20;
+
 impl Runner {
     pub(super) fn admit(&mut self, id: Id) {
         self.waiting.retain(|other| *other != id);
@@ -149,6 +154,7 @@ impl Runner {
             end = end.min(landmark);
         }
         let chunk = &sequence.tokens[done..end];
+        let since = std::time::Instant::now();
         let read = {
             let _gate = gate();
             let _doing = self.shared.doing(Doing::Read);
@@ -157,10 +163,11 @@ impl Runner {
             // The logits are not evaluated, only what later steps read.
             let read =
                 self.model.forward(&input, &mut cache, Rows::Last).and_then(|_| transforms::eval(cache.arrays()));
-            memory::clear_cache();
+            memory::clear_cache_beyond(FREED_BYTES_MAX);
             read
         };
         read?;
+        let read_ms = since.elapsed().as_secs_f64() * 1000.0;
         let (sequence, shared) = (&*sequence, &self.shared);
         sequence.outlet.tell(Event::Prefill {
             done: end.min(sequence.prompt) as u32,
@@ -191,6 +198,8 @@ impl Runner {
             }
         }
         if let Some(sequence) = self.sequences.get_mut(&id) {
+            let kept_ms = since.elapsed().as_secs_f64() * 1000.0 - read_ms;
+            tracing::debug!(request = sequence.job, from = done, to = end, read_ms, kept_ms, "a chunk is read");
             sequence.cache = Some(cache);
             sequence.own_point = own_point;
         }

@@ -34,8 +34,9 @@ const TOKEN_BYTES_MAX: usize = 1024;
 /// Most states of one grammar's lexer. Each takes up to 2 kB.
 const LEXER_STATES_MAX: usize = 50_000;
 
-/// White space between the tokens of JSON. Bounded, since a model that has lost its way writes spaces without end.
-const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
+/// White space between the tokens of JSON: a space, or a new line and its indent. No more, since a model that has lost its way
+/// writes spaces without end.
+const WHITESPACE: &str = r"\x20|\x0A{1,2}[\x20\x09]{0,20}";
 
 /// Why an answer cannot be held to a grammar.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -104,12 +104,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::openai::responses::{ResponsesRequest, Writer};
+    use crate::{
+        openai::responses::{ResponsesRequest, Writer},
+        pipeline::CallIds,
+    };
 
     fn stored(id: &str, text: &str) -> Stored {
         let request: ResponsesRequest = serde_json::from_value(json!({ "model": "m", "input": text })).unwrap();
         let asked = request.check(id).unwrap();
-        let writer = Writer::new(id.into(), 0, "m".into(), asked.echo, false);
+        let writer = Writer::new(id.into(), 0, "m".into(), asked.echo, false, CallIds::default());
         Stored { response: writer.response().clone(), items: asked.items, conversation: asked.messages }
     }
 

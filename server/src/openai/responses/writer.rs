@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     error::ApiError,
-    pipeline::{Finish, Finished},
+    pipeline::{CallIds, Finish, Finished},
 };
 
 /// Writes one response.
@@ -23,6 +23,8 @@ pub struct Writer {
     /// Reasoning is shown as its summary.
     summary: bool,
     sealed: bool,
+    call_ids: CallIds,
+    calls: usize,
     next: u64,
     /// Whether the last item may still grow.
     open: bool,
@@ -30,7 +32,7 @@ pub struct Writer {
 
 impl Writer {
     /// A response that is yet to be written.
-    pub fn new(id: String, created_at: u64, model: String, echo: Echo, sealed: bool) -> Self {
+    pub fn new(id: String, created_at: u64, model: String, echo: Echo, sealed: bool, call_ids: CallIds) -> Self {
         let summary = echo.reasoning.summary.is_some();
         let response = ResponseObject {
             id,
@@ -45,7 +47,7 @@ impl Writer {
             usage: None,
             echo,
         };
-        Self { response, summary, sealed, next: 0, open: false }
+        Self { response, summary, sealed, call_ids, calls: 0, next: 0, open: false }
     }
 
     /// The response as far as it is written.
@@ -90,7 +92,9 @@ impl Writer {
             }
             Delta::ToolCall { name, arguments, .. } => {
                 self.close(Status::Completed, &mut events);
-                let (id, call_id) = (self.item_id("fc"), self.item_id("call"));
+                let (id, own) = (self.item_id("fc"), self.item_id("call"));
+                let call_id = self.call_ids.id(own, self.calls, &name);
+                self.calls += 1;
                 let arguments_yet = String::new();
                 let status = Status::InProgress;
                 let item = Item::FunctionCall { id: id.clone(), status, call_id, name, arguments: arguments_yet };
