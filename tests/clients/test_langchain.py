@@ -52,6 +52,11 @@ class TestMesh(ChatModelIntegrationTests):
         return True
 
     @property
+    def structured_output_kwargs(self):
+        # Without it, schemas allow for properties that they do not name, and a small model thinks of many.
+        return {"strict": True}
+
+    @property
     def supports_json_mode(self):
         return True
 

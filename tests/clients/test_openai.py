@@ -95,8 +95,10 @@ def test_responses(client, model):
     )
     assert second.usage.input_tokens > first.usage.input_tokens
     with client.responses.stream(model=model, input="Say hello.", max_output_tokens=24, temperature=0) as stream:
-        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
-        assert text == stream.get_final_response().output_text == first.output_text
+        events = list(stream)
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert events[-1].type == f"response.{first.status}"
+    assert text == events[-1].response.output_text == first.output_text
     assert client.responses.retrieve(first.id).id == first.id
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
