@@ -151,7 +151,9 @@ def main():
             failed, count = suite(python, packages, server, served, WORK / f"{backend}.xml")
         finally:
             server.stop()
-        reasons = {test: why for section in ["both", backend, served] for test, why in known.get(section, {}).items()}
+        by_model = known.get(served, {})
+        sections = [known["both"], known[backend], by_model, by_model.get(backend, {})]
+        reasons = {test: why for section in sections for test, why in section.items() if isinstance(why, str)}
         for name in sorted(failed & reasons.keys()):
             print(f"{backend}: {name} fails, as known: {reasons[name]}")
         for name in sorted(failed - reasons.keys()):
