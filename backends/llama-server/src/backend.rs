@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use mesh_core::{
     BackendInfo, Device, DeviceKind, EngineHandle, Host, InferenceBackend, LoadError, LoadPlan, ModelFamily,
-    ModelProfile, ProgressSink, Reason, Stage, Verdict, WeightFormat,
+    ModelProfile, Need, ProgressSink, Reason, Stage, Verdict, WeightFormat,
 };
 use serde_json::Value;
 
@@ -70,6 +70,10 @@ impl InferenceBackend for LlamaServer {
 
     fn judge(&self, profile: &ModelProfile, _: Option<&dyn ModelFamily>, host: &Host) -> Verdict {
         judge::judge(profile, host)
+    }
+
+    fn need(&self, profile: &ModelProfile, host: &Host, context_tokens: u32) -> Option<Need> {
+        judge::need(profile, host, context_tokens)
     }
 
     async fn load(&self, plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle, LoadError> {

@@ -1,7 +1,7 @@
 //! Whether and how a model would be served: pure, from its profile and what the host reported.
 
 use mesh_core::{
-    Capabilities, Device, Host, Knob, ModelProfile, Offer, OutputForm, PromptForm, Reason, Refusal, Verdict,
+    Capabilities, Device, Host, Knob, ModelProfile, Need, Offer, OutputForm, PromptForm, Reason, Refusal, Verdict,
     WeightFormat,
 };
 
@@ -109,6 +109,20 @@ fn offer(profile: &ModelProfile, device: &Device) -> Offer {
     });
     let capabilities = capabilities(tokens, slots, QUEUE_DEFAULT);
     Offer { capabilities, device: device.clone(), memory_bytes, score: 100, reasons }
+}
+
+/// What a sequence of so many tokens takes, with keys and values in 16-bit floats.
+pub(crate) fn need(profile: &ModelProfile, host: &Host, context_tokens: u32) -> Option<Need> {
+    if host.device.is_err() || profile.format.value != WeightFormat::Gguf {
+        return None;
+    }
+    let cache_bytes = match &profile.kept {
+        Some(fact) => fact.value.bytes(context_tokens.into(), 2),
+        None => profile.kv_bytes_per_token()?.saturating_mul(context_tokens.into()),
+    };
+    let weights_bytes = profile.weight_bytes.value;
+    let device_bytes = weights_bytes.saturating_add(cache_bytes).saturating_add(OVERHEAD_BYTES);
+    Some(Need { weights_bytes, cache_bytes, workspace_bytes: OVERHEAD_BYTES, device_bytes })
 }
 
 /// A context and how it came about.

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use mesh_core::{
-    BackendInfo, EngineHandle, Host, InferenceBackend, LoadError, LoadPlan, ModelFamily, ModelProfile, OptIn,
+    BackendInfo, EngineHandle, Host, InferenceBackend, LoadError, LoadPlan, ModelFamily, ModelProfile, Need, OptIn,
     ProgressSink, Verdict, WeightFormat,
 };
 use serde_json::Value;
@@ -32,6 +32,10 @@ impl InferenceBackend for Mlx {
 
     fn judge(&self, profile: &ModelProfile, family: Option<&dyn ModelFamily>, host: &Host) -> Verdict {
         judge::judge(profile, family, host)
+    }
+
+    fn need(&self, profile: &ModelProfile, host: &Host, context_tokens: u32) -> Option<Need> {
+        judge::need(profile, host, context_tokens)
     }
 
     async fn load(&self, plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle, LoadError> {

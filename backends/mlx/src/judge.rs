@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use mesh_core::{
-    Capabilities, Device, DeviceKind, Host, Knob, ModelFamily, ModelProfile, Offer, OutputForm, PromptForm, Reason,
-    Refusal, Verdict, WeightFormat,
+    Capabilities, Device, DeviceKind, Fact, Host, Knob, ModelFamily, ModelProfile, Need, Offer, OutputForm, PromptForm,
+    Reason, Refusal, Verdict, WeightFormat,
 };
 use mesh_graph::{Footprint, QuantizationTable};
 
@@ -75,16 +75,40 @@ pub fn judge(profile: &ModelProfile, family: Option<&dyn ModelFamily>, host: &Ho
 
 /// With how much memory a plan serves the whole context, in bytes, where that can be told.
 fn memory_bytes(profile: &ModelProfile, device: &Device, weights_bytes: u64, context_tokens: u32) -> Option<u64> {
-    let kv_bytes = profile.kv_bytes_per_token()?;
+    Some(needed(profile, device, weights_bytes, context_tokens)?.device_bytes)
+}
+
+/// What a sequence of so many tokens takes, by the arithmetic of [`crate::memory::plan`].
+pub fn need(profile: &ModelProfile, host: &Host, context_tokens: u32) -> Option<Need> {
+    let device = host.device.as_ref().ok().filter(|_| profile.format.value == WeightFormat::Safetensors)?;
+    needed(profile, device, residency(profile, device).bytes, context_tokens)
+}
+
+fn needed(profile: &ModelProfile, device: &Device, weights_bytes: u64, context_tokens: u32) -> Option<Need> {
     let defaults = Settings::default();
     let vocab_size = profile.vocab_size.as_ref().map_or(0, |fact| fact.value);
     let sizes = Sizes::read(&profile.config, vocab_size, device.kind);
     let parallel = defaults.parallel(device.kind);
-    let pass = sizes.workspace_bytes(defaults.prefill_chunk_tokens, context_tokens.into(), parallel);
-    // Keys and values are of the type of activations, and the fact counts two bytes each.
-    let footprint = Footprint { token_bytes: kv_bytes / 2 * sizes.float_bytes, ..Footprint::default() };
-    let needed = weights_bytes.saturating_add(pass).saturating_add(footprint.bytes(context_tokens.into()));
-    Some((needed / USABLE_PERCENT).saturating_add(1).saturating_mul(100))
+    let workspace_bytes = sizes.workspace_bytes(defaults.prefill_chunk_tokens, context_tokens.into(), parallel);
+    let cache_bytes = footprint(profile, sizes.float_bytes)?.bytes(context_tokens.into());
+    let needed = weights_bytes.saturating_add(workspace_bytes).saturating_add(cache_bytes);
+    let device_bytes = (needed / USABLE_PERCENT).saturating_add(1).saturating_mul(100);
+    Some(Need { weights_bytes, cache_bytes, workspace_bytes, device_bytes })
+}
+
+/// What a sequence takes, where activations are of so many bytes: keys and values are of their type.
+pub fn footprint(profile: &ModelProfile, float_bytes: u64) -> Option<Footprint> {
+    let Some(Fact { value: kept, .. }) = &profile.kept else {
+        // Counts two bytes each.
+        let token_bytes = profile.kv_bytes_per_token()? / 2 * float_bytes;
+        return Some(Footprint { token_bytes, ..Footprint::default() });
+    };
+    let windows = kept.windows.iter().map(|(window, values)| (*window, values.saturating_mul(float_bytes)));
+    Some(Footprint {
+        token_bytes: kept.token_values.saturating_mul(float_bytes),
+        windows: windows.collect(),
+        state_bytes: kept.state_values.saturating_mul(4),
+    })
 }
 
 /// What the engine accepts, whatever the model.
@@ -192,7 +216,7 @@ fn nobody_claims(profile: &ModelProfile) -> Refusal {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::{Fact, Source};
+    use mesh_core::Source;
     use proptest::prelude::*;
     use serde_json::json;
 

@@ -80,6 +80,19 @@ pub struct Host {
     pub notes: Vec<String>,
 }
 
+/// What serving one sequence takes, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Need {
+    /// The weights as they lie in memory.
+    pub weights_bytes: u64,
+    /// What is kept of the sequence.
+    pub cache_bytes: u64,
+    /// What computing takes besides.
+    pub workspace_bytes: u64,
+    /// What the device has to have for that, with what is left for others.
+    pub device_bytes: u64,
+}
+
 /// Everything a backend needs to load a model: the result of an election.
 #[derive(Clone)]
 pub struct LoadPlan {
@@ -120,6 +133,13 @@ pub trait InferenceBackend: Send + Sync {
 
     /// Would it serve this model, and how well? Pure: opens no file, asks no device.
     fn judge(&self, profile: &ModelProfile, family: Option<&dyn ModelFamily>, host: &Host) -> Verdict;
+
+    /// What a sequence of so many tokens takes, by the arithmetic that loads plan with; `None` where that cannot be told, or
+    /// the model would not be served. Pure.
+    fn need(&self, profile: &ModelProfile, host: &Host, context_tokens: u32) -> Option<Need> {
+        let _ = (profile, host, context_tokens);
+        None
+    }
 
     /// Loads the model; returns when a first request would be admitted. Dropping the future abandons the load.
     async fn load(&self, plan: LoadPlan, progress: ProgressSink) -> Result<EngineHandle, LoadError>;

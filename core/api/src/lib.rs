@@ -1,6 +1,6 @@
 //! The words and contracts every other room of mesh-llm speaks: no HTTP, no device, no process, no file access.
 //!
-//! - [`profile`]: what is known about a model, each fact with its source.
+//! - [`profile`]: what is known about a model, each fact with its source; [`anatomy`]: what its weights are parts of.
 //! - [`family`]: who a model is and how it talks; its graph lives in `mesh-graph`.
 //! - [`backend`], [`capability`], [`election`]: who can serve it, how well, and who is chosen.
 //! - [`engine`]: a loaded model: jobs in, events out.
@@ -9,6 +9,7 @@
 //! - [`registry`]: discovery of what the binary links.
 //! - [`error`]: one small enum for each moment that can fail.
 
+pub mod anatomy;
 pub mod backend;
 pub mod capability;
 pub mod chat;
@@ -28,7 +29,8 @@ pub mod sampling;
 #[doc(hidden)]
 pub use inventory as __inventory;
 
-pub use backend::{BackendInfo, Device, DeviceKind, Host, InferenceBackend, LoadPlan, OptIn};
+pub use anatomy::{Kept, Part, Stored};
+pub use backend::{BackendInfo, Device, DeviceKind, Host, InferenceBackend, LoadPlan, Need, OptIn};
 pub use capability::{Capabilities, Knob, OutputForm, PromptForm};
 pub use constraint::{Constraint, Follower, Grammar, Rules};
 pub use election::{Ballot, Elected, ElectionRequest, Offer, Reason, Refusal, Verdict, elect};

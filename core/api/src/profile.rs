@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde::Serialize;
 
+use crate::anatomy::{Kept, Stored};
+
 /// Where a fact was read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Source {
@@ -133,6 +135,12 @@ pub struct ModelProfile {
     pub context_tokens_max: Option<Fact<u32>>,
     /// Number of parameters.
     pub parameters: Option<Fact<u64>>,
+    /// Those that one token meets, where experts are chosen among.
+    pub parameters_active: Option<Fact<u64>>,
+    /// How the weights are stored, by what they are part of.
+    pub stored: Option<Fact<Vec<Stored>>>,
+    /// What is kept of a sequence while it is computed.
+    pub kept: Option<Fact<Kept>>,
     /// Number of transformer layers.
     pub layers: Option<Fact<u32>>,
     /// Key/value heads a layer.
@@ -187,6 +195,9 @@ impl ModelProfile {
             quantization: None,
             context_tokens_max: None,
             parameters: None,
+            parameters_active: None,
+            stored: None,
+            kept: None,
             layers: None,
             kv_heads: None,
             head_dim: None,
@@ -224,10 +235,12 @@ impl ModelProfile {
             row("gguf_architecture", &self.gguf_architecture, String::clone),
             row("quantization", &self.quantization, Quantization::to_string),
             row("parameters", &self.parameters, u64::to_string),
+            row("parameters_active", &self.parameters_active, u64::to_string),
             row("context_tokens_max", &self.context_tokens_max, u32::to_string),
             row("layers", &self.layers, u32::to_string),
             row("kv_heads", &self.kv_heads, u32::to_string),
             row("head_dim", &self.head_dim, u32::to_string),
+            row("kept", &self.kept, Kept::to_string),
             row("vocab_size", &self.vocab_size, u32::to_string),
             eos,
             row("tokenizer", &self.tokenizer, |path| path.display().to_string()),
@@ -242,9 +255,14 @@ impl ModelProfile {
         .collect()
     }
 
-    /// Bytes of keys and values for one token of context in 16-bit floats, where the facts for it are known.
+    /// Bytes of keys and values for one token of context in 16-bit floats, where the facts for it are known. Of layers with
+    /// windows too, as if they kept everything.
     pub fn kv_bytes_per_token(&self) -> Option<u64> {
+        if let Some(Fact { value: kept, .. }) = &self.kept {
+            let windows = kept.windows.iter().fold(0u64, |sum, (_, values)| sum.saturating_add(*values));
+            return Some(kept.token_values.saturating_add(windows).saturating_mul(2));
+        }
         let (layers, heads, dim) = (self.layers.as_ref()?, self.kv_heads.as_ref()?, self.head_dim.as_ref()?);
-        Some(2 * 2 * u64::from(layers.value) * u64::from(heads.value) * u64::from(dim.value))
+        Some(4 * u64::from(layers.value) * u64::from(heads.value) * u64::from(dim.value))
     }
 }

@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use mesh_core::{Fact, ModelProfile, ProbeError, Quantization, Source};
-use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, TOKENIZER_CONFIG_BYTES_MAX, add_eos, blank, json, malformed, read_capped,
-    relative, safetensors, template,
+    CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, TOKENIZER_CONFIG_BYTES_MAX, add_eos, blank,
+    census::{self, Packing},
+    json, kept, malformed, relative, safetensors, template,
+    tokens::{self, TokenizerConfig},
+    typed,
 };
 use crate::store::Artifact;
 
@@ -24,13 +26,14 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
     profile.config = json(root, CONFIG, CONFIG_BYTES_MAX)?;
     profile.generation_config = json(root, GENERATION_CONFIG, CONFIG_BYTES_MAX)?;
     let config = Config(profile.config.clone());
+    config.check().map_err(|what| malformed(&root.join(CONFIG), what))?;
     profile.model_type = config.named("model_type");
     profile.architectures = config.architectures();
     geometry(&mut profile, &config);
     profile.vision = config.0.get("vision_config").map(|_| Fact::new(true, Source::key(CONFIG, "vision_config")));
     profile.quantization = config.quantization();
     weights(&mut profile, artifact, &config)?;
-    tokens(&mut profile, &config, root)?;
+    end_tokens(&mut profile, &config, root)?;
     Ok(profile)
 }
 
@@ -61,6 +64,29 @@ impl Config {
     fn named(&self, key: &str) -> Option<Fact<String>> {
         let (value, source) = self.get(key)?;
         Some(Fact::new(value.as_str()?.to_owned(), source))
+    }
+
+    /// Names a size that no model has.
+    fn check(&self) -> Result<(), String> {
+        for settings in [Some(&self.0), self.0.get("text_config")].into_iter().flatten() {
+            for (key, most) in SIZES {
+                let value = &settings[*key];
+                // Some checkpoints list a size for each layer.
+                let one = std::slice::from_ref(value);
+                let sizes = value.as_array().map_or(one, Vec::as_slice);
+                let whole = |size: &Value| size.as_u64().is_some_and(|size| size <= *most);
+                if let Some(size) = sizes.iter().find(|size| !size.is_null() && !whole(size)) {
+                    let shown: String = size.to_string().chars().take(100).collect();
+                    return Err(format!("`{key}` is {shown}, where whole numbers up to {most} are read"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The part that describes the language model.
+    fn text(&self) -> &Value {
+        self.0.get("text_config").filter(|inner| inner.is_object()).unwrap_or(&self.0)
     }
 
     /// The first of `keys` that holds a whole number.
@@ -94,11 +120,32 @@ impl Config {
     }
 }
 
+/// Sizes that have to be whole numbers, and the most that is believed. What else families read, they check.
+const SIZES: &[(&str, u64)] = &[
+    ("num_hidden_layers", kept::LAYERS_MAX),
+    ("num_layers", kept::LAYERS_MAX),
+    ("n_layer", kept::LAYERS_MAX),
+    ("num_attention_heads", 1 << 12),
+    ("num_key_value_heads", 1 << 12),
+    ("hidden_size", 1 << 20),
+    ("intermediate_size", 1 << 24),
+    ("moe_intermediate_size", 1 << 24),
+    ("head_dim", 1 << 14),
+    ("vocab_size", 1 << 24),
+    ("max_position_embeddings", u32::MAX as u64),
+    ("kv_lora_rank", 1 << 14),
+    ("num_experts", 1 << 14),
+    ("num_local_experts", 1 << 14),
+    ("n_routed_experts", 1 << 14),
+    ("num_experts_per_tok", 1 << 14),
+];
+
 fn geometry(profile: &mut ModelProfile, config: &Config) {
     profile.context_tokens_max = config.number(&["max_position_embeddings", "model_max_length", "max_sequence_length"]);
     profile.layers = config.number(&["num_hidden_layers", "num_layers", "n_layer"]);
     profile.kv_heads = config.number(&["num_key_value_heads", "num_attention_heads", "n_head"]);
     profile.vocab_size = config.number(&["vocab_size"]);
+    profile.kept = kept::kept(config.text()).map(|kept| Fact::new(kept, Source::file(CONFIG)));
     // With latent attention (MLA) a cache holds latents, and heads say nothing about its size.
     if config.of_text("kv_lora_rank").is_none() {
         profile.head_dim = config.number(&["head_dim"]).or_else(|| {
@@ -110,20 +157,28 @@ fn geometry(profile: &mut ModelProfile, config: &Config) {
 }
 
 fn weights(profile: &mut ModelProfile, artifact: &Artifact, config: &Config) -> Result<(), ProbeError> {
-    let mut tensors = safetensors::Tensors::new();
+    let mut tensors = safetensors::Tensors::default();
     for path in &artifact.weights {
         safetensors::read_header(path, &mut tensors)?;
     }
     let source = profile.format.source.clone();
-    let parameters = safetensors::parameters(&tensors, |module| config.group_size(module));
-    profile.parameters = Some(Fact::new(parameters, source.clone()));
+    let mode = profile.quantization.as_ref().map_or("affine", |fact| fact.value.mode.as_str());
+    let census = census::checkpoint(&tensors, &Packing { mode, group_size: &|module| config.group_size(module) });
+    profile.parameters = Some(Fact::new(census.parameters(), source.clone()));
+    let chosen = config.number(&["num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts"]);
+    let all = config.number(&["num_experts", "num_local_experts", "n_routed_experts"]);
+    if let (Some(chosen), Some(all)) = (chosen, all) {
+        let active = census.active(chosen.value, all.value);
+        profile.parameters_active = active.map(|active| Fact::new(active, chosen.source));
+    }
+    profile.stored = Some(Fact::new(census.stored(), source.clone()));
     if profile.model_type.is_none() && profile.architectures.is_none() {
-        profile.tensor_names = Some(Fact::new(tensors.into_keys().collect(), source));
+        profile.tensor_names = Some(Fact::new(tensors.entries.into_keys().collect(), source));
     }
     Ok(())
 }
 
-fn tokens(profile: &mut ModelProfile, config: &Config, root: &Path) -> Result<(), ProbeError> {
+fn end_tokens(profile: &mut ModelProfile, config: &Config, root: &Path) -> Result<(), ProbeError> {
     for (value, source) in [config.at_top("eos_token_id"), config.in_text("eos_token_id")].into_iter().flatten() {
         for id in ids(value) {
             add_eos(profile, id, source.clone());
@@ -132,20 +187,16 @@ fn tokens(profile: &mut ModelProfile, config: &Config, root: &Path) -> Result<()
     for id in profile.generation_config.get("eos_token_id").map(ids).unwrap_or_default() {
         add_eos(profile, id, Source::key(GENERATION_CONFIG, "eos_token_id"));
     }
-    let tokenizer_config = json(root, TOKENIZER_CONFIG, TOKENIZER_CONFIG_BYTES_MAX)?;
-    let special_tokens = json(root, SPECIAL_TOKENS, TOKENIZER_CONFIG_BYTES_MAX)?;
-    let token = |key: &str| {
-        let files = [(TOKENIZER_CONFIG, &tokenizer_config), (SPECIAL_TOKENS, &special_tokens)];
-        files.into_iter().find_map(|(file, content)| {
-            let value = content.get(key)?;
-            let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
-            Some(Fact::new(text.to_owned(), Source::key(file, key)))
-        })
+    let tokenizer_config: TokenizerConfig = typed(root, TOKENIZER_CONFIG, TOKENIZER_CONFIG_BYTES_MAX)?;
+    let special_tokens: TokenizerConfig = typed(root, SPECIAL_TOKENS, TOKENIZER_CONFIG_BYTES_MAX)?;
+    let token = |key: &str, of: fn(&TokenizerConfig) -> &Option<String>| {
+        let files = [(TOKENIZER_CONFIG, of(&tokenizer_config)), (SPECIAL_TOKENS, of(&special_tokens))];
+        files.into_iter().find_map(|(file, text)| Some(Fact::new(text.clone()?, Source::key(file, key))))
     };
-    profile.bos_token = token("bos_token");
-    profile.eos_token = token("eos_token");
+    profile.bos_token = token("bos_token", |config| &config.bos_token.0);
+    profile.eos_token = token("eos_token", |config| &config.eos_token.0);
     let path = root.join(TOKENIZER);
-    let added = added_tokens(&path)?;
+    let added = tokens::added_tokens(&path, TOKENIZER_BYTES_MAX)?;
     if let Some(added) = &added {
         profile.tokenizer = Some(Fact::new(path.clone(), Source::file(relative(root, &path))));
         if let Some(eos) = profile.eos_token.clone()
@@ -154,7 +205,7 @@ fn tokens(profile: &mut ModelProfile, config: &Config, root: &Path) -> Result<()
             add_eos(profile, token.id, eos.source);
         }
     }
-    profile.chat_template = template::find(root, &tokenizer_config)?;
+    profile.chat_template = template::find(root, tokenizer_config)?;
     Ok(())
 }
 
@@ -165,22 +216,4 @@ fn ids(value: &Value) -> Vec<u32> {
         Value::Array(list) => list.iter().filter_map(one).collect(),
         value => one(value).into_iter().collect(),
     }
-}
-
-#[derive(Deserialize)]
-struct AddedToken {
-    id: u32,
-    content: String,
-}
-
-/// `added_tokens` of tokenizer.json; the vocabulary is skipped over. `None` if there is no such file.
-fn added_tokens(path: &Path) -> Result<Option<Vec<AddedToken>>, ProbeError> {
-    #[derive(Deserialize)]
-    struct Tokenizer {
-        #[serde(default)]
-        added_tokens: Vec<AddedToken>,
-    }
-    let Some(content) = read_capped(path, TOKENIZER_BYTES_MAX)? else { return Ok(None) };
-    let tokenizer: Tokenizer = serde_json::from_slice(&content).map_err(|error| malformed(path, error.to_string()))?;
-    Ok(Some(tokenizer.added_tokens))
 }

@@ -1,24 +1,19 @@
 //! The profile of a GGUF, which carries everything in its header.
 
-use std::collections::BTreeMap;
+use mesh_core::{ChatTemplate, Fact, Kept, ModelProfile, Part, ProbeError, Quantization, Source};
 
-use mesh_core::{ChatTemplate, Fact, ModelProfile, ProbeError, Quantization, Source};
-
-use super::{add_eos, blank, malformed, relative, template};
-use crate::{
-    gguf::{Gguf, TensorType},
-    store::Artifact,
-};
+use super::{add_eos, blank, census::Census, kept::LAYERS_MAX, malformed, relative, template};
+use crate::{gguf::Gguf, store::Artifact};
 
 pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
     let mut profile = blank(artifact)?;
-    let mut elements: BTreeMap<TensorType, u64> = BTreeMap::new();
+    let mut census = Census::default();
     let mut first = None;
     for path in &artifact.weights {
         let file = Gguf::open(path)?;
         for tensor in file.tensors.iter().filter(|tensor| tensor.name != "rope_freqs.weight") {
-            let count = elements.entry(tensor.kind).or_default();
-            *count = count.saturating_add(tensor.elements());
+            let (kind, elements) = (tensor.kind.to_string(), tensor.elements());
+            census.add(Part::of(&tensor.name), kind, 1, elements, tensor.bytes.unwrap_or_default());
         }
         // The parts after the first hold tensors only.
         if first.is_none() {
@@ -46,14 +41,19 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
         let tokens = gguf.array(TOKENS)?;
         Some(Fact::new(u32::try_from(tokens.len()).ok()?, header.source(TOKENS)))
     });
-    let total = elements.values().fold(0u64, |sum, count| sum.saturating_add(*count));
-    profile.parameters = Some(Fact::new(total, Source::file(&file)));
+    profile.parameters = Some(Fact::new(census.parameters(), Source::file(&file)));
+    let (chosen, all) = (header.number(&of("expert_used_count")), header.number(&of("expert_count")));
+    if let (Some(chosen), Some(all)) = (chosen, all) {
+        let active = census.active(chosen.value, all.value);
+        profile.parameters_active = active.map(|active| Fact::new(active, chosen.source));
+    }
     // By what most values are stored as: `general.file_type` names a recipe, and is often wrong.
-    profile.quantization =
-        elements.iter().max_by_key(|(_, count)| **count).filter(|(kind, _)| !kind.is_float()).map(|(kind, _)| {
-            let quantization = Quantization { mode: kind.to_string(), bits: None, group_size: None };
-            Fact::new(quantization, Source::key(&file, "tensor types"))
-        });
+    profile.quantization = census.prevailing().filter(|kind| !FLOATS.contains(kind)).map(|kind| {
+        let quantization = Quantization { mode: kind.to_owned(), bits: None, group_size: None };
+        Fact::new(quantization, Source::key(&file, "tensor types"))
+    });
+    profile.stored = Some(Fact::new(census.stored(), Source::key(&file, "tensor types")));
+    profile.kept = header.kept(&architecture.value).map(|kept| Fact::new(kept, Source::file(&file)));
     profile.bos_token = header.token("tokenizer.ggml.bos_token_id").map(|(_, text)| text);
     profile.eos_token = header.token("tokenizer.ggml.eos_token_id").map(|(_, text)| text);
     for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
@@ -67,6 +67,8 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
     Ok(profile)
 }
 
+/// Names of the types that are not quantized.
+const FLOATS: [&str; 4] = ["F32", "F16", "BF16", "F64"];
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TEMPLATE: &str = "tokenizer.chat_template";
 
@@ -88,6 +90,54 @@ impl Header<'_> {
     fn number(&self, key: &str) -> Option<Fact<u32>> {
         let number = self.gguf.unsigned(key).or_else(|| self.gguf.array(key)?.unsigned().max())?;
         Some(Fact::new(u32::try_from(number).ok()?, self.source(key)))
+    }
+
+    /// What is kept of a sequence: keys and values of the layers that have any, of some only a window.
+    fn kept(&self, architecture: &str) -> Option<Kept> {
+        let key = |name: &str| format!("{architecture}.{name}");
+        let number = |name: &str| self.gguf.unsigned(&key(name)).filter(|number| *number <= u32::MAX.into());
+        let list = |name: &str| Some(self.gguf.array(&key(name))?.unsigned().collect::<Vec<_>>());
+        let layers = number("block_count").filter(|layers| *layers <= LAYERS_MAX)?;
+        let heads = number("attention.head_count").or_else(|| list("attention.head_count")?.into_iter().max())?;
+        let share = || number("embedding_length")?.checked_div(heads);
+        let keys = number("attention.key_length").or_else(share)?;
+        let values = number("attention.value_length").unwrap_or(keys);
+        let kv_heads = list("attention.head_count_kv");
+        let kv_heads_all = number("attention.head_count_kv").unwrap_or(heads);
+        let window = number("attention.sliding_window").filter(|window| *window > 0);
+        let slides = list("attention.sliding_window_pattern");
+        let period = number("attention.sliding_window_pattern").or(match architecture {
+            "gemma2" | "gpt-oss" => Some(2),
+            "cohere2" => Some(4),
+            "gemma3n" => Some(5),
+            "gemma3" => Some(6),
+            _ => None,
+        });
+        let every = |layer: u64, period: u64| (layer + 1).is_multiple_of(period.max(1));
+        let recurrent = number("full_attention_interval");
+        let shared = number("attention.shared_kv_layers").unwrap_or(0).min(layers);
+        let state = number("ssm.inner_size").zip(number("ssm.state_size")).map_or(0, |(inner, state)| {
+            let inputs = number("ssm.conv_kernel").unwrap_or(1).saturating_sub(1);
+            inner.saturating_mul(state.saturating_add(inputs))
+        });
+        let mut kept = Kept::default();
+        for layer in 0..layers - shared {
+            let heads = kv_heads.as_ref().map_or(Some(kv_heads_all), |list| list.get(layer as usize).copied())?;
+            if heads == 0 || recurrent.is_some_and(|period| !every(layer, period)) {
+                kept.state_values = kept.state_values.saturating_add(state);
+                continue;
+            }
+            let slides = match (&slides, period) {
+                (Some(list), _) => list.get(layer as usize).is_some_and(|slides| *slides != 0),
+                (None, Some(period)) => !every(layer, period),
+                (None, None) => false,
+            };
+            let of_swa = |name: &str, other: u64| number(name).filter(|_| slides).unwrap_or(other);
+            let width = of_swa("attention.key_length_swa", keys) + of_swa("attention.value_length_swa", values);
+            let window = window.filter(|_| slides).and_then(|window| u32::try_from(window).ok());
+            kept.add(window, heads.checked_mul(width)?);
+        }
+        Some(kept)
     }
 
     /// A token that the header names by its id.

@@ -1,10 +1,13 @@
 //! What a model is, from its configs and headers. Every file is size-capped before it is read, every fact names its
 //! source, and a file that was cut off is an error that says by how much.
 
+mod census;
 mod directory;
 mod gguf;
+mod kept;
 mod safetensors;
 mod template;
+mod tokens;
 
 use std::{
     fs::File,
@@ -13,16 +16,17 @@ use std::{
 };
 
 use mesh_core::{Fact, ModelProfile, ProbeError, Source, WeightFormat};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::store::Artifact;
 
-/// Largest config.json and generation_config.json, in bytes.
-const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// Largest config.json and generation_config.json, in bytes. As values they take up to 20 times as much.
+const CONFIG_BYTES_MAX: u64 = 2 << 20;
 /// Largest tokenizer_config.json and special_tokens_map.json, in bytes; some list every added token.
-const TOKENIZER_CONFIG_BYTES_MAX: u64 = 32 << 20;
-/// Largest tokenizer.json, in bytes.
-const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
+const TOKENIZER_CONFIG_BYTES_MAX: u64 = 16 << 20;
+/// Largest tokenizer.json, in bytes. Gemma's has 33 MB.
+const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 
 /// What is known about an artifact from its configs and headers.
 ///
@@ -89,6 +93,13 @@ pub(crate) fn read_capped(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>
         return Err(malformed(path, format!("larger than the {bytes_max} bytes that are read")));
     }
     Ok(Some(content))
+}
+
+/// Of a JSON object in the model's directory, what `T` takes; nothing if the file is not there.
+fn typed<T: DeserializeOwned + Default>(root: &Path, file: &str, bytes_max: u64) -> Result<T, ProbeError> {
+    let path: PathBuf = root.join(file);
+    let Some(content) = read_capped(&path, bytes_max)? else { return Ok(T::default()) };
+    serde_json::from_slice(&content).map_err(|error| malformed(&path, error.to_string()))
 }
 
 /// A JSON object in the model's directory; `Null` if the file is not there.

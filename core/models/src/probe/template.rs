@@ -3,16 +3,15 @@
 use std::{collections::BTreeMap, path::Path};
 
 use mesh_core::{ChatTemplate, Fact, ProbeError, Source};
-use serde_json::Value;
 
-use super::{json, malformed, read_capped};
+use super::{malformed, read_capped, tokens::TokenizerConfig, typed};
 
 /// Largest chat template, in bytes.
-const TEMPLATE_BYTES_MAX: u64 = 4 << 20;
+pub(super) const TEMPLATE_BYTES_MAX: u64 = 4 << 20;
 
 /// The template of a directory: chat_template.jinja, then chat_template.json, then tokenizer_config.json. That is the
 /// order in which transformers looks, too.
-pub(super) fn find(root: &Path, tokenizer_config: &Value) -> Result<Option<Fact<ChatTemplate>>, ProbeError> {
+pub(super) fn find(root: &Path, tokenizer_config: TokenizerConfig) -> Result<Option<Fact<ChatTemplate>>, ProbeError> {
     const JINJA: &str = "chat_template.jinja";
     if let Some(text) = read_capped(&root.join(JINJA), TEMPLATE_BYTES_MAX)? {
         let text = String::from_utf8(text).map_err(|_| malformed(&root.join(JINJA), "not UTF-8"))?;
@@ -20,25 +19,12 @@ pub(super) fn find(root: &Path, tokenizer_config: &Value) -> Result<Option<Fact<
         return Ok(Some(Fact::new(template, Source::file(JINJA))));
     }
     const JSON: &str = "chat_template.json";
-    let file = json(root, JSON, TEMPLATE_BYTES_MAX)?;
-    if let Some(template) = parse(&file["chat_template"]) {
+    let file: TokenizerConfig = typed(root, JSON, TEMPLATE_BYTES_MAX)?;
+    if let Some(template) = file.chat_template.0 {
         return Ok(Some(Fact::new(template, Source::key(JSON, "chat_template"))));
     }
-    let template = parse(&tokenizer_config["chat_template"]);
+    let template = tokenizer_config.chat_template.0;
     Ok(template.map(|template| Fact::new(template, Source::key("tokenizer_config.json", "chat_template"))))
-}
-
-/// One text, or a list of named ones of which `default` (else the first) is the default.
-fn parse(value: &Value) -> Option<ChatTemplate> {
-    if let Some(text) = value.as_str() {
-        return Some(ChatTemplate { default: text.to_owned(), named: BTreeMap::new() });
-    }
-    let pairs: Vec<(&str, &str)> = value
-        .as_array()?
-        .iter()
-        .filter_map(|entry| Some((entry["name"].as_str()?, entry["template"].as_str()?)))
-        .collect();
-    from_named(&pairs)
 }
 
 /// Named templates, of which `default` (else the first) is the default.
