@@ -1,0 +1,19 @@
+//! `mesh-llm models`: one file a command.
+
+mod download;
+mod list;
+
+use crate::cli::{
+    args::{ModelsArgs, ModelsCommand},
+    failure::Failure,
+    output::Output,
+    plan::Setting,
+};
+
+pub async fn run(args: ModelsArgs, output: &Output) -> Result<(), Failure> {
+    let setting = Setting::new(&args.environment)?;
+    match args.command.unwrap_or(ModelsCommand::List) {
+        ModelsCommand::List => list::run(&setting, output),
+        ModelsCommand::Download { model, mlx, gguf } => download::run(&setting, &model, (mlx, gguf), output).await,
+    }
+}
