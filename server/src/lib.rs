@@ -32,5 +32,6 @@ pub mod running;
 pub mod served;
 pub mod slots;
 pub mod sse;
+pub mod talk;
 pub mod tls;
 pub mod voting;

@@ -101,6 +101,17 @@ impl Hint for VoiceError {
     }
 }
 
+/// The templates that a model is talked with.
+pub(crate) fn templates<'a>(profile: &'a ModelProfile, fallback: Option<&'a str>) -> Vec<&'a str> {
+    match &profile.chat_template {
+        Some(own) => {
+            let tool_use = own.value.named.get(TOOL_TEMPLATE).map(String::as_str);
+            tool_use.into_iter().chain([own.value.default.as_str()]).collect()
+        }
+        None => fallback.into_iter().collect(),
+    }
+}
+
 impl Voice {
     /// Finds the dialect and compiles the templates. A template that does not compile fails chat requests, not the
     /// model: text completions need none.
@@ -108,13 +119,7 @@ impl Voice {
         let conventions = family.map(ModelFamily::conventions);
         let own = profile.chat_template.as_ref();
         let fallback = conventions.and_then(|conventions| conventions.fallback_template);
-        let sources: Vec<&str> = match own {
-            Some(own) => {
-                let tool_use = own.value.named.get(TOOL_TEMPLATE).map(String::as_str);
-                tool_use.into_iter().chain([own.value.default.as_str()]).collect()
-            }
-            None => fallback.into_iter().collect(),
-        };
+        let sources = templates(profile, fallback);
         let choice = choice::choose(dialects()?, conventions.map(|conventions| conventions.dialect), &sources)?;
         tracing::info!(model = %profile.name, dialect = choice.dialect.id(), why = %choice.why, "reading its answers");
         let thinking = conventions.map_or(Thinking::Fixed, |conventions| conventions.thinking);

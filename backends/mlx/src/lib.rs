@@ -32,4 +32,5 @@ pub mod verify;
 mod watchdog;
 
 pub use backend::INFO;
+pub use judge::footprint;
 pub use settings::Settings;

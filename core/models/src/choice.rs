@@ -1,8 +1,17 @@
 //! Which of a model's files are its weights. Pure: works on names, local or on the hub.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::PathBuf,
+};
 
 use mesh_core::{ProbeError, WeightFormat};
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
 
 use crate::{
     error::FetchError,
@@ -167,16 +176,46 @@ fn names_quant(stem: &str, quant: &str) -> bool {
     })
 }
 
+#[derive(Deserialize)]
+struct Index {
+    weight_map: Shards,
+}
+
+/// The files of a `weight_map`. It has a line for each tensor, of which only the file is kept, and that once.
+struct Shards(BTreeSet<String>);
+
+impl<'de> Deserialize<'de> for Shards {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Map;
+        impl<'de> Visitor<'de> for Map {
+            type Value = Shards;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map from tensors to files")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Shards, A::Error> {
+                let mut shards = BTreeSet::new();
+                while let Some((_, file)) = map.next_entry::<IgnoredAny, Cow<'_, str>>()? {
+                    if !shards.contains(&*file) {
+                        shards.insert(file.into_owned());
+                    }
+                    if shards.len() > SHARDS_MAX {
+                        break;
+                    }
+                }
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Shards(shards))
+            }
+        }
+        deserializer.deserialize_map(Map)
+    }
+}
+
 /// The shard names of an index file, sorted; `Err` says what is wrong with it.
 pub(crate) fn index_shards(index: &[u8]) -> Result<Vec<String>, String> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let index: Index = serde_json::from_slice(index).map_err(|error| error.to_string())?;
-    let mut shards: Vec<String> = index.weight_map.into_values().collect();
-    shards.sort();
-    shards.dedup();
+    let Index { weight_map: Shards(shards) } = serde_json::from_slice(index).map_err(|error| error.to_string())?;
+    let shards: Vec<String> = shards.into_iter().collect();
     if shards.is_empty() || shards.len() > SHARDS_MAX {
         return Err(format!("`weight_map` names {} files; 1 to {SHARDS_MAX} are read", shards.len()));
     }

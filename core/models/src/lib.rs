@@ -21,7 +21,7 @@ mod testing;
 pub mod unpack;
 
 pub use error::{FetchError, ImportError};
-pub use import::{ImportReport, import_gguf};
+pub use import::{ImportReport, Imported, Manner, import_gguf, import_measured};
 pub use probe::probe;
 pub use store::{Artifact, Exact, Listed, Origin, Store, StoreOptions, Want};
 pub use unpack::{Floats, UnpackReport, unpack_gguf};

@@ -1,36 +1,12 @@
 //! Hostile headers cost no more memory than they have bytes, and unpacking costs the same for every size.
 
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    fs,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+mod common;
 
+use std::fs;
+
+use common::cost_of;
 use mesh_core::{ProgressSink, WeightFormat};
 use mesh_models::{Artifact, Floats, probe, unpack_gguf};
-
-/// Remembers the most bytes that were in use.
-struct Counting;
-
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is handed to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(now, Ordering::Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// More than any of these files may cost, in bytes; far less than what they claim.
 const BOUND: usize = 2 << 20;
@@ -40,11 +16,9 @@ fn peak_of(name: &str, format: WeightFormat, content: &[u8]) -> usize {
     let path = root.path().join(name);
     fs::write(&path, content).unwrap();
     let artifact = Artifact { name: "x".into(), root: root.path().to_owned(), weights: vec![path], format };
-    let before = NOW.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    let result = probe(&artifact);
+    let (result, cost) = cost_of(|| probe(&artifact));
     assert!(result.is_err(), "{result:?}");
-    PEAK.load(Ordering::Relaxed) - before
+    cost.peak
 }
 
 /// A tensor of one row is no reason to hold all of it.
@@ -57,11 +31,10 @@ fn peak_of_unpacking(blocks: u64) -> usize {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("in.gguf");
     fs::write(&path, content).unwrap();
-    let before = NOW.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    let report = unpack_gguf(&path, &root.path().join("out.gguf"), Floats::F16, &ProgressSink::silent()).unwrap();
+    let out = root.path().join("out.gguf");
+    let (report, cost) = cost_of(|| unpack_gguf(&path, &out, Floats::F16, &ProgressSink::silent()).unwrap());
     assert!(report.bytes > 64 * blocks);
-    PEAK.load(Ordering::Relaxed) - before
+    cost.peak
 }
 
 // One test: what others allocate at the same time would count.

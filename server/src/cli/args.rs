@@ -5,7 +5,10 @@ use std::{net::IpAddr, path::PathBuf};
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::access::AccessArgs;
+use super::{
+    access::AccessArgs,
+    commands::models::{import::ImportArgs, show::ShowArgs},
+};
 
 /// Serves local language models over an OpenAI-compatible API
 #[derive(Debug, Parser)]
@@ -285,6 +288,10 @@ pub struct ModelsArgs {
 pub enum ModelsCommand {
     /// List catalog names and models on disk
     List,
+    /// Say what a model is, what it can do, what memory it takes and who would serve it
+    Show(ShowArgs),
+    /// Make an MLX directory of a GGUF, and say what became of its weights
+    Import(ImportArgs),
     /// Download a model
     Download {
         /// A catalog name or a repository

@@ -3,6 +3,7 @@
 mod batches;
 mod checkpoints;
 mod goldens;
+mod memory;
 mod models;
 mod properties;
 mod refusals;

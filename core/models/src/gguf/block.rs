@@ -72,6 +72,16 @@ impl Block {
         }
     }
 
+    /// Bits of the codes of affine groups that it is quantized to where it has none of its own: two more than it has, or
+    /// three, so that little is lost.
+    pub fn bits_anew(self) -> usize {
+        match self {
+            Self::Q2K => 5,
+            Self::Q3K => 6,
+            _ => 8,
+        }
+    }
+
     /// Bytes of a block.
     pub fn bytes(self) -> usize {
         match self {

@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, fs::File, ops::Range, path::Path};
 use memmap2::Mmap;
 use mesh_core::ProbeError;
 
-pub(crate) use block::{Block, GROUP};
+pub(crate) use block::{Block, GROUP, Group};
 pub(crate) use packing::Packing;
 use reader::Reader;
 pub use tensor_type::TensorType;

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
     use crate::{
         gguf::Gguf,
-        import::{config, tensors},
+        import::{Manner, config, tensors},
         testing::GgufWriter,
     };
 
@@ -117,14 +117,14 @@ mod tests {
     fn config(writer: &GgufWriter) -> Result<Value, ImportError> {
         let gguf = Gguf::parse(writer.finish()).unwrap();
         let model = Model::read(&gguf)?;
-        config::config(&gguf, &model, &tensors::plan(&gguf, &model)?)
+        config::config(&gguf, &model, &tensors::plan(std::slice::from_ref(&gguf), &model, Manner::Exact)?)
     }
 
     #[test]
     fn norms_get_their_names_and_lose_the_one_that_was_added() {
         let gguf = Gguf::parse(tiny(18).finish()).unwrap();
         let model = Model::read(&gguf).unwrap();
-        let outputs = tensors::plan(&gguf, &model).unwrap();
+        let outputs = tensors::plan(std::slice::from_ref(&gguf), &model, Manner::Exact).unwrap();
         let value = |name: &str| {
             let output = outputs.iter().find(|output| output.name == format!("model.{name}.weight")).unwrap();
             let content = safetensors::View::data(&tensors::Ticking { output, tick: &|| {} }).into_owned();

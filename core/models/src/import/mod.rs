@@ -1,13 +1,14 @@
-//! A GGUF into an MLX directory, without loss.
+//! A GGUF into an MLX directory, without loss unless that is asked for.
 //!
 //! Blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K and Q5_K become MLX's affine groups of 32: the codes stay what they are,
 //! scales and biases are kept in 32-bit floats, so that every weight keeps its value. Q2_K, Q3_K and Q6_K have scales for
-//! 16 values, which no MLX mode has: they become 32-bit floats. Other types are refused. The GGUF is memory-mapped and
+//! 16 values, which no MLX mode has: they become 32-bit floats, or are quantized anew. Other types are refused. The GGUF is memory-mapped and
 //! one tensor at a time is converted; the directory appears whole, by a rename.
 
 mod architecture;
 mod config;
 mod gemma3;
+mod measure;
 mod pieces;
 mod repack;
 mod rope;
@@ -16,7 +17,7 @@ mod tokenizer;
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -25,11 +26,23 @@ use serde_json::Value;
 
 use crate::{error::ImportError, gguf::Gguf};
 
+pub use measure::Imported;
+
 /// Goes into the names of imported directories, so that a changed import is made again.
 pub(crate) const VERSION: u32 = 2;
 
+/// What becomes of blocks that no MLX mode has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Manner {
+    /// 32-bit floats: every weight keeps its value.
+    #[default]
+    Exact,
+    /// Affine groups of 32 with more bits than the blocks have: a little is lost, and said.
+    Compact,
+}
+
 /// What an import made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ImportReport {
     /// `general.architecture` of the GGUF.
     pub architecture: String,
@@ -39,6 +52,8 @@ pub struct ImportReport {
     pub tensors_written: usize,
     /// Size of the directory's weights, in bytes.
     pub weight_bytes: u64,
+    /// What became of the weights, by what they are part of; empty unless it was asked for.
+    pub parts: Vec<Imported>,
 }
 
 /// Imports `gguf` into the new directory `out`. Blocks; one tensor at a time is held in memory.
@@ -49,15 +64,44 @@ pub struct ImportReport {
 /// tokenizers other than byte-level BPE and scored pieces, settings that config.json cannot say, and an `out` that
 /// exists. Nothing is left behind.
 pub fn import_gguf(gguf: &Path, out: &Path, progress: &ProgressSink) -> Result<ImportReport, ImportError> {
+    import(&[gguf.to_owned()], out, Manner::Exact, false, progress)
+}
+
+/// The same for a GGUF in one file or several, whose parts are given in order, and with what is said of it measured: what was
+/// written is read again and compared with the source.
+///
+/// # Errors
+///
+/// As [`import_gguf`].
+pub fn import_measured(
+    ggufs: &[PathBuf],
+    out: &Path,
+    manner: Manner,
+    progress: &ProgressSink,
+) -> Result<ImportReport, ImportError> {
+    import(ggufs, out, manner, true, progress)
+}
+
+fn import(
+    ggufs: &[PathBuf],
+    out: &Path,
+    manner: Manner,
+    measured: bool,
+    progress: &ProgressSink,
+) -> Result<ImportReport, ImportError> {
     if out.exists() {
         return Err(ImportError::Exists { path: out.to_owned() });
     }
-    let file = Gguf::open(gguf)?;
-    let model = config::Model::read(&file)?;
-    let outputs = tensors::plan(&file, &model)?;
-    let config = config::config(&file, &model, &outputs)?;
-    let generation_config = config::generation_config(&file);
-    let tokenizer = tokenizer::read(&file)?;
+    let files = ggufs.iter().map(|gguf| Gguf::open(gguf)).collect::<Result<Vec<_>, _>>()?;
+    // The parts after the first hold tensors only.
+    let (Some(file), Some(gguf)) = (files.first(), ggufs.first()) else {
+        return Err(ImportError::Setting { key: "weights".into(), what: "there are none".into() });
+    };
+    let model = config::Model::read(file)?;
+    let outputs = tensors::plan(&files, &model, manner)?;
+    let config = config::config(file, &model, &outputs)?;
+    let generation_config = config::generation_config(file);
+    let tokenizer = tokenizer::read(file)?;
 
     let parent = match out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -85,6 +129,7 @@ pub fn import_gguf(gguf: &Path, out: &Path, progress: &ProgressSink) -> Result<I
     safetensors::serialize_to_file(views, Some(metadata), &weights)
         .map_err(|error| ImportError::Io { path: weights.clone(), source: std::io::Error::other(error) })?;
     let weight_bytes = fs::metadata(&weights).map_err(ImportError::io(&weights))?.len();
+    let parts = if measured { measure::measure(&weights, &outputs)? } else { Vec::new() };
     match fs::rename(work.path(), out) {
         Ok(()) => {}
         Err(_) if out.exists() => return Err(ImportError::Exists { path: out.to_owned() }),
@@ -95,9 +140,10 @@ pub fn import_gguf(gguf: &Path, out: &Path, progress: &ProgressSink) -> Result<I
     progress.report(&stage, total, Some(total));
     Ok(ImportReport {
         architecture: model.architecture.name.to_owned(),
-        tensors_read: file.tensors.len(),
+        tensors_read: files.iter().map(|file| file.tensors.len()).sum(),
         tensors_written: outputs.len(),
         weight_bytes,
+        parts,
     })
 }
 

@@ -4,10 +4,10 @@ use std::{borrow::Cow, collections::BTreeSet};
 
 use safetensors::{Dtype, View};
 
-use super::{config::Model, repack::pack};
+use super::{Manner, config::Model, repack};
 use crate::{
     error::ImportError,
-    gguf::{Block, GROUP, Gguf, Packing, Tensor},
+    gguf::{Block, GROUP, Gguf, Group, Packing, Tensor, TensorType},
 };
 
 /// A tensor to be written.
@@ -15,6 +15,8 @@ use crate::{
 pub(super) struct Output<'a> {
     pub name: String,
     pub dtype: Dtype,
+    /// What the GGUF stores it as.
+    pub kind: TensorType,
     /// The slowest dimension first.
     pub shape: Vec<usize>,
     /// Rows of the GGUF's tensor.
@@ -32,8 +34,9 @@ pub(super) enum Part {
     Whole,
     /// The codes of affine groups, of that many bits.
     Codes(Block, usize),
-    Scales(Block),
-    Biases(Block),
+    /// The groups' scales; codes have that many bits.
+    Scales(Block, usize),
+    Biases(Block, usize),
     /// The values, in 32-bit floats.
     Values(Packing),
     /// The same, less one.
@@ -49,8 +52,39 @@ impl Output<'_> {
         }
     }
 
+    /// How it is stored, in words; `None` for what belongs to another output.
+    pub fn form(&self) -> Option<String> {
+        match self.part {
+            Part::Codes(_, bits) => Some(format!("affine {bits}-bit group {GROUP}")),
+            Part::Scales(..) | Part::Biases(..) => None,
+            Part::Whole | Part::Values(_) | Part::LessOne(_) => Some(format!("{:?}", self.dtype)),
+        }
+    }
+
+    /// Appends the values of a row of the source, as the output shall have them.
+    pub fn values(&self, row: &[u8], out: &mut Vec<f32>) {
+        let start = out.len();
+        if let Some(packing) = Packing::of(self.kind) {
+            packing.values(row, out);
+        }
+        if matches!(self.part, Part::LessOne(_)) {
+            out[start..].iter_mut().for_each(|value| *value -= 1.0);
+        }
+    }
+
+    /// Appends the values of a row of `written`, where that holds floats.
+    pub fn written_values(&self, written: &[u8], row: usize, count: usize, out: &mut Vec<f32>) {
+        let packing = match self.dtype {
+            Dtype::F16 => Packing::F16,
+            Dtype::BF16 => Packing::BF16,
+            _ => Packing::F32,
+        };
+        let bytes = count * packing.bytes();
+        packing.values(&written[row * bytes..(row + 1) * bytes], out);
+    }
+
     /// The source's rows in the order of the output.
-    fn ordered(&self) -> impl Iterator<Item = &[u8]> {
+    pub fn ordered(&self) -> impl Iterator<Item = &[u8]> {
         let count = self.rows.len() / self.row_bytes;
         (0..count).map(move |row| {
             let from = self.permuted.map_or(row, |head| unpermuted(row, head));
@@ -65,18 +99,13 @@ impl Output<'_> {
         let mut out = Vec::with_capacity(self.bytes());
         let mut floats = Vec::new();
         for row in self.ordered() {
-            let blocks = |block: Block| row.chunks_exact(block.bytes());
             match self.part {
                 Part::Whole => out.extend_from_slice(row),
                 Part::Codes(block, bits) => {
-                    blocks(block).for_each(|stored| block.groups(stored, |group| pack(&group.codes, bits, &mut out)));
+                    groups(block, bits, row, |group| repack::pack(&group.codes, bits, &mut out))
                 }
-                Part::Scales(block) => {
-                    blocks(block).for_each(|stored| block.groups(stored, |group| out.extend(group.scale.to_le_bytes())))
-                }
-                Part::Biases(block) => {
-                    blocks(block).for_each(|stored| block.groups(stored, |group| out.extend(group.bias.to_le_bytes())))
-                }
+                Part::Scales(block, bits) => groups(block, bits, row, |group| out.extend(group.scale.to_le_bytes())),
+                Part::Biases(block, bits) => groups(block, bits, row, |group| out.extend(group.bias.to_le_bytes())),
                 Part::Values(packing) | Part::LessOne(packing) => {
                     let less = if matches!(self.part, Part::LessOne(_)) { 1.0 } else { 0.0 };
                     floats.clear();
@@ -90,6 +119,20 @@ impl Output<'_> {
 
     fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// Hands the affine groups of a row to `each`: those its blocks have, or else new ones with codes of so many bits.
+fn groups(block: Block, bits: usize, row: &[u8], mut each: impl FnMut(&Group)) {
+    let mut values = Vec::new();
+    for stored in row.chunks_exact(block.bytes()) {
+        if block.affine_bits().is_some() {
+            block.groups(stored, &mut each);
+            continue;
+        }
+        values.clear();
+        block.values(stored, &mut values);
+        values.as_chunks().0.iter().for_each(|values| each(&repack::quantized(values, bits)));
     }
 }
 
@@ -126,10 +169,15 @@ impl<F: Fn()> View for Ticking<'_, F> {
 }
 
 /// Every tensor of the GGUF as outputs; one that has no place, or cannot be repacked, is an error.
-pub(super) fn plan<'a, D: AsRef<[u8]>>(gguf: &'a Gguf<D>, model: &Model) -> Result<Vec<Output<'a>>, ImportError> {
+pub(super) fn plan<'a, D: AsRef<[u8]>>(
+    ggufs: &'a [Gguf<D>],
+    model: &Model,
+    manner: Manner,
+) -> Result<Vec<Output<'a>>, ImportError> {
     let mut outputs = Vec::new();
     let mut seen = BTreeSet::new();
-    for tensor in gguf.tensors.iter().filter(|tensor| tensor.name != super::rope::FACTORS) {
+    let tensors = ggufs.iter().flat_map(|gguf| gguf.tensors.iter().map(move |tensor| (gguf, tensor)));
+    for (gguf, tensor) in tensors.filter(|(_, tensor)| tensor.name != super::rope::FACTORS) {
         let Some((module, leaf)) = rename(&tensor.name, model) else {
             return Err(ImportError::UnknownTensor {
                 tensor: tensor.name.clone(),
@@ -147,7 +195,9 @@ pub(super) fn plan<'a, D: AsRef<[u8]>>(gguf: &'a Gguf<D>, model: &Model) -> Resu
         };
         let count = if shape.len() == 1 && permuted.is_some() { shape[0] } else { tensor.rows() };
         let row_bytes = rows.len() / count;
-        let output = |name: String, dtype, shape, part| Output { name, dtype, shape, rows, row_bytes, permuted, part };
+        let kind = tensor.kind;
+        let output =
+            |name: String, dtype, shape, part| Output { name, dtype, kind, shape, rows, row_bytes, permuted, part };
         let packing = Packing::of(tensor.kind).ok_or_else(|| refused(tensor))?;
         if model.architecture.norms_with_one && module.ends_with("norm") {
             outputs.push(output(format!("{module}.{leaf}"), Dtype::F32, shape, Part::LessOne(packing)));
@@ -168,15 +218,16 @@ pub(super) fn plan<'a, D: AsRef<[u8]>>(gguf: &'a Gguf<D>, model: &Model) -> Resu
         if leaf != "weight" || shape.len() != 2 {
             return Err(refused(tensor));
         }
-        let Some(bits) = block.affine_bits() else {
+        let anew = Some(block.bits_anew()).filter(|_| manner == Manner::Compact);
+        let Some(bits) = block.affine_bits().or(anew) else {
             outputs.push(output(format!("{module}.{leaf}"), Dtype::F32, shape, Part::Values(packing)));
             continue;
         };
         let (out, groups) = (shape[0], shape[1] / GROUP);
         let codes = vec![out, groups * bits];
         outputs.push(output(format!("{module}.weight"), Dtype::U32, codes, Part::Codes(block, bits)));
-        outputs.push(output(format!("{module}.scales"), Dtype::F32, vec![out, groups], Part::Scales(block)));
-        outputs.push(output(format!("{module}.biases"), Dtype::F32, vec![out, groups], Part::Biases(block)));
+        outputs.push(output(format!("{module}.scales"), Dtype::F32, vec![out, groups], Part::Scales(block, bits)));
+        outputs.push(output(format!("{module}.biases"), Dtype::F32, vec![out, groups], Part::Biases(block, bits)));
     }
     Ok(outputs)
 }

@@ -1,5 +1,6 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
 
+use mesh_core::Part;
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
@@ -253,6 +254,86 @@ fn k_quants_are_repacked_where_mlx_has_their_groups_and_floats_elsewhere() {
                 assert_eq!(config["quantization"]["bits"], 8, "what is quantized is the embedding");
             }
         }
+    }
+}
+
+/// What a compact import says of each K-quant: repacked ones are the same bits, the others nearly the same values.
+#[test]
+fn a_compact_import_says_what_it_lost() {
+    for (name, kind) in K_QUANTS {
+        let (block, values) = k_block(name);
+        let mut writer = tiny("gpt-2").tensor("blk.0.attn_q.weight", &[256, 32], kind, block.repeat(32)).tensor(
+            "blk.0.ffn_down.weight",
+            &[512, 3],
+            kind,
+            block.repeat(6),
+        );
+        writer.tensors[0] = ("token_embd.weight".into(), vec![32, 10], 8, vec![1; 340]);
+        let (file, root) = (written(&writer), tempfile::tempdir().unwrap());
+        let out = root.path().join("out");
+        let files = [file.path().to_owned()];
+        let report = import_measured(&files, &out, Manner::Compact, &ProgressSink::silent()).unwrap();
+        let (bits, most) = match name {
+            "Q2_K" => (5, 0.04),
+            "Q3_K" => (6, 0.02),
+            "Q4_K" => (4, 0.0),
+            "Q5_K" => (5, 0.0),
+            _ => (8, 0.01),
+        };
+        for part in report.parts.iter().filter(|part| part.from == name) {
+            assert_eq!(part.to, format!("affine {bits}-bit group 32"), "{name}");
+            assert!(part.relative_rms <= most, "{name}: {}", part.relative_rms);
+            assert_eq!(part.changed == 0, most == 0.0, "{name}: {}", part.changed);
+        }
+        assert_eq!(report.parts.iter().filter(|part| part.from == name).map(|part| part.tensors).sum::<u64>(), 2);
+        let others = report.parts.iter().filter(|part| part.from != name);
+        others.for_each(|part| assert_eq!((part.changed, part.relative_rms), (0, 0.0), "{part:?}"));
+        // The error is what an independent reading of the codes finds.
+        let tensors = tensors(&out.join("model.safetensors"));
+        let of = |leaf: &str| &tensors[&format!("model.layers.0.mlp.down_proj.{leaf}")].2;
+        let kept = affine(of("weight"), bits, of("scales"), of("biases"));
+        let pairs = || kept.iter().zip(values.repeat(6)).map(|(kept, value)| (f64::from(*kept), f64::from(value)));
+        let (lost, all) =
+            (pairs().map(|(a, b)| (a - b).powi(2)).sum::<f64>(), pairs().map(|(_, b)| b * b).sum::<f64>());
+        let down = report.parts.iter().find(|part| part.part == Part::Mlp).unwrap();
+        assert!(((lost / all).sqrt() - down.relative_rms).abs() < 1e-9, "{name}");
+        assert_eq!(json(out.join("config.json"))["quantization"]["mode"], "affine");
+        let exact =
+            import_measured(&files, &root.path().join("exact"), Manner::Exact, &ProgressSink::silent()).unwrap();
+        assert!(exact.parts.iter().all(|part| part.changed == 0 && part.relative_rms == 0.0), "{:?}", exact.parts);
+    }
+}
+
+#[test]
+fn parts_of_a_gguf_are_imported_together() {
+    let mut whole = tiny("gpt-2").tensor("blk.0.ffn_down.weight", &[32, 3], 0, 1f32.to_le_bytes().repeat(96));
+    let mut second = GgufWriter::new("llama");
+    second.entries.clear();
+    second.tensors.push(whole.tensors.pop().unwrap());
+    let (first, second) = (written(&whole), written(&second));
+    let root = tempfile::tempdir().unwrap();
+    let files = [first.path().to_owned(), second.path().to_owned()];
+    let out = root.path().join("out");
+    let report = import_measured(&files, &out, Manner::Exact, &ProgressSink::silent()).unwrap();
+    assert_eq!((report.tensors_read, report.tensors_written), (3, 3));
+    assert!(tensors(&out.join("model.safetensors")).contains_key("model.layers.0.mlp.down_proj.weight"));
+    let twice = [first.path().to_owned(), first.path().to_owned()];
+    let error =
+        import_measured(&twice, &root.path().join("other"), Manner::Exact, &ProgressSink::silent()).unwrap_err();
+    assert!(error.to_string().contains("it is there twice"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn groups_quantized_anew_are_within_half_a_step(values in proptest::array::uniform32(-10f32..10.0), bits in 2usize..=8) {
+        let group = quantized(&values, bits);
+        let range = values.iter().copied().fold(f32::MIN, f32::max) - values.iter().copied().fold(f32::MAX, f32::min);
+        let half = range / ((1 << bits) - 1) as f32 / 2.0;
+        for (value, code) in values.iter().zip(group.codes) {
+            prop_assert!((f32::from(code) * group.scale + group.bias - value).abs() <= half * 1.001 + 1e-6);
+        }
+        let flat = quantized(&[values[0]; 32], bits);
+        prop_assert!(flat.codes == [0; 32] && flat.scale == 0.0 && flat.bias == values[0]);
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
     CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, TOKENIZER_CONFIG_BYTES_MAX, add_eos, blank,
     census::{self, Packing},
     json, kept, malformed, relative, safetensors, template,
-    tokens::{self, TokenizerConfig},
+    tokens::{self, AddedToken, TokenizerConfig},
     typed,
 };
 use crate::store::Artifact;
@@ -32,8 +32,19 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
     geometry(&mut profile, &config);
     profile.vision = config.0.get("vision_config").map(|_| Fact::new(true, Source::key(CONFIG, "vision_config")));
     profile.quantization = config.quantization();
-    weights(&mut profile, artifact, &config)?;
-    end_tokens(&mut profile, &config, root)?;
+    let path = root.join(TOKENIZER);
+    // The two longest reads, beside each other.
+    let added = std::thread::scope(|scope| {
+        let added = scope.spawn(|| tokens::added_tokens(&path, TOKENIZER_BYTES_MAX));
+        weights(&mut profile, artifact, &config)?;
+        added.join().unwrap_or_else(|_| Err(malformed(&path, "it cannot be read")))
+    })?;
+    if let Some(added) = added {
+        profile.tokenizer = Some(Fact::new(path.clone(), Source::file(relative(root, &path))));
+        end_tokens(&mut profile, &config, root, &added)?;
+    } else {
+        end_tokens(&mut profile, &config, root, &[])?;
+    }
     Ok(profile)
 }
 
@@ -178,7 +189,12 @@ fn weights(profile: &mut ModelProfile, artifact: &Artifact, config: &Config) -> 
     Ok(())
 }
 
-fn end_tokens(profile: &mut ModelProfile, config: &Config, root: &Path) -> Result<(), ProbeError> {
+fn end_tokens(
+    profile: &mut ModelProfile,
+    config: &Config,
+    root: &Path,
+    added: &[AddedToken],
+) -> Result<(), ProbeError> {
     for (value, source) in [config.at_top("eos_token_id"), config.in_text("eos_token_id")].into_iter().flatten() {
         for id in ids(value) {
             add_eos(profile, id, source.clone());
@@ -195,15 +211,10 @@ fn end_tokens(profile: &mut ModelProfile, config: &Config, root: &Path) -> Resul
     };
     profile.bos_token = token("bos_token", |config| &config.bos_token.0);
     profile.eos_token = token("eos_token", |config| &config.eos_token.0);
-    let path = root.join(TOKENIZER);
-    let added = tokens::added_tokens(&path, TOKENIZER_BYTES_MAX)?;
-    if let Some(added) = &added {
-        profile.tokenizer = Some(Fact::new(path.clone(), Source::file(relative(root, &path))));
-        if let Some(eos) = profile.eos_token.clone()
-            && let Some(token) = added.iter().find(|token| token.content == eos.value)
-        {
-            add_eos(profile, token.id, eos.source);
-        }
+    if let Some(eos) = profile.eos_token.clone()
+        && let Some(token) = added.iter().find(|token| token.content == eos.value)
+    {
+        add_eos(profile, token.id, eos.source);
     }
     profile.chat_template = template::find(root, tokenizer_config)?;
     Ok(())

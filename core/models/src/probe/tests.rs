@@ -167,12 +167,83 @@ fn broken_and_oversized_files_are_errors_that_name_them() {
     assert!(message("config.json", "{").contains("config.json: EOF"));
     assert!(message("config.json", "[]").contains("not a JSON object"));
     let huge = " ".repeat((CONFIG_BYTES_MAX + 1) as usize);
-    assert!(message("config.json", &huge).contains("larger than the 4194304 bytes"));
+    assert!(message("config.json", &huge).contains("larger than the 2097152 bytes"));
     assert!(message("tokenizer.json", "{\"added_tokens\": 1}").contains("tokenizer.json"));
-    // Values of other types than expected are no facts, and no errors either.
-    let odd = r#"{"model_type": 3, "num_hidden_layers": -1, "hidden_size": 8, "num_attention_heads": 0, "eos_token_id": "x"}"#;
+    // What is no size is no fact; what claims to be one and is none is an error.
+    let odd = r#"{"model_type": 3, "hidden_size": 8, "num_attention_heads": 0, "num_key_value_heads": [1, 2], "eos_token_id": "x"}"#;
     let profile = Model::new(&[("config.json", odd)]).probe().unwrap();
     assert!(profile.model_type.is_none() && profile.layers.is_none() && profile.head_dim.is_none());
+    for (key, value) in [
+        ("num_hidden_layers", "-1"),
+        ("num_hidden_layers", "4097"),
+        ("num_hidden_layers", "1e300"),
+        ("num_hidden_layers", "\"12\""),
+        ("num_key_value_heads", "[1, true]"),
+        ("hidden_size", "0.5"),
+        ("vocab_size", "{}"),
+        ("num_experts", "18446744073709551616"),
+    ] {
+        for config in [format!(r#"{{"{key}": {value}}}"#), format!(r#"{{"text_config": {{"{key}": {value}}}}}"#)] {
+            let message = message("config.json", &config);
+            assert!(message.contains(&format!("config.json: `{key}` is ")), "{message}");
+        }
+    }
+    assert!(message("config.json", r#"{"num_hidden_layers": NaN}"#).contains("config.json"));
+    assert!(message("config.json", &"[".repeat(1 << 20)).contains("recursion limit"));
+}
+
+#[test]
+fn long_files_are_passed_over_where_they_lie() {
+    let config = r#"{"eos_token": {"content": "<e>", "lstrip": false}, "bos_token": null, "model_max_length": 1e30,
+        "added_tokens_decoder": {"0": {"content": "x"}}, "chat_template": [{"name": "a", "template": "A"},
+        {"name": "default", "template": "D"}, {"name": 5}]}"#;
+    let error = Model::new(&[("tokenizer_config.json", config)]).probe().unwrap_err().to_string();
+    assert!(error.contains("tokenizer_config.json: invalid type: integer `5`"), "{error}");
+    let config = config.replace(", {\"name\": 5}", "").replace("{\"name\": 5}", "{\"name\": \"b\"}");
+    let profile = Model::new(&[("tokenizer_config.json", &config)]).probe().unwrap();
+    assert_eq!((profile.eos_token.unwrap().value.as_str(), profile.bos_token), ("<e>", None));
+    let template = profile.chat_template.unwrap().value;
+    assert_eq!((template.default.as_str(), template.named["a"].as_str()), ("D", "A"));
+    let tokens = r#"{"added_tokens": [{"id": 1, "content": "<\u0065>", "special": true}]}"#;
+    let model = Model::new(&[("tokenizer_config.json", r#"{"eos_token": "<e>"}"#), ("tokenizer.json", tokens)]);
+    assert_eq!(model.probe().unwrap().eos_token_ids[0].value, 1);
+    let token = r#"{"id": 1, "content": ""}"#;
+    let many = format!(r#"{{"added_tokens": [{}{token}]}}"#, format!("{token},").repeat(1 << 16));
+    let error = Model::new(&[("tokenizer.json", &many)]).probe().unwrap_err().to_string();
+    assert!(error.contains("more than 65536 added tokens"), "{error}");
+}
+
+#[test]
+fn headers_of_safetensors_are_checked_whole() {
+    let header = |json: &str, data: usize| {
+        let model = Model::new(&[]);
+        let content = [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &vec![0; data]].concat();
+        fs::write(model.0.path().join("model.safetensors"), content).unwrap();
+        model.probe().map_err(|error| error.to_string())
+    };
+    let one =
+        |shape: &str, offsets: &str| format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#);
+    assert_eq!(header(&one("[2]", "[0,8]"), 8).unwrap().parameters.unwrap().value, 2);
+    assert_eq!(header(&one("[]", "[0,4]"), 4).unwrap().parameters.unwrap().value, 1);
+    for (json, data, said) in [
+        (one("[3]", "[0,8]"), 8, "not as long as its shape says"),
+        (one("[2]", "[8,0]"), 8, "not as long as its shape says"),
+        (one("[4294967296,4294967296]", "[0,8]"), 8, "a shape that no tensor has"),
+        (one("[1,1,1,1,1,1,1,1,1]", "[0,4]"), 4, "a shape that no tensor has"),
+        (one("[2]", "[4,12]"), 12, "a hole between tensors at byte 4"),
+        (one("[2]", "[0,8]").replace("\"a\"", &format!("\"{}\"", "a".repeat(600))), 8, "a name of 600 bytes"),
+        (one("[2]", "[0,8]").replace("F32", "F31"), 8, "unknown variant"),
+        (one("[-2]", "[0,8]"), 8, "invalid value"),
+        ("[]".into(), 0, "a table of tensors"),
+        ("{}x".into(), 0, "trailing"),
+    ] {
+        let error = header(&json, data).unwrap_err();
+        assert!(error.contains(said), "{json}: {error}");
+    }
+    let entry = r#""a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
+    assert!(header(&format!("{{{entry},{entry}}}"), 4).unwrap_err().contains("`a` is there twice"));
+    let other = entry.replace("\"a\"", "\"b\"");
+    assert!(header(&format!("{{{entry},{other}}}"), 4).unwrap_err().contains("tensors overlap at byte 0"));
 }
 
 #[test]
@@ -190,7 +261,7 @@ fn a_truncated_safetensors_file_says_by_how_much() {
     fs::write(&path, [&whole[..], b"x"].concat()).unwrap();
     assert!(model.probe().unwrap_err().to_string().contains("too long"));
     fs::write(&path, [&u64::MAX.to_le_bytes()[..], b"{}"].concat()).unwrap();
-    assert!(model.probe().unwrap_err().to_string().contains("at most 100000000 are read"));
+    assert!(model.probe().unwrap_err().to_string().contains("at most 33554432 are read"));
 }
 
 fn gguf(writer: &GgufWriter) -> Result<ModelProfile, ProbeError> {

@@ -27,6 +27,14 @@ pub struct Exact {
     pub unpacked: Artifact,
 }
 
+/// A GGUF as it was published.
+struct Published {
+    name: String,
+    files: Vec<PathBuf>,
+    /// What things made of it are named after.
+    made: Result<(String, String), FetchError>,
+}
+
 impl Store {
     /// Finds the GGUF that `reference` names, as [`Store::locate`] does, and makes both forms of it in the cache, unless
     /// they are there. The floats take 4 bytes a parameter.
@@ -36,25 +44,12 @@ impl Store {
     /// Besides those of finding it: a model that has no GGUF, or one in several files, and one that cannot be imported
     /// or unpacked.
     pub async fn exact(&self, reference: &str, progress: &ProgressSink) -> Result<Exact, FetchError> {
-        let (name, file, made) = match Reference::parse(reference, Path::exists)? {
-            Reference::Name(name) => {
-                let entry = catalog::find(&name)?;
-                if entry.format != WeightFormat::Gguf {
-                    let (has, wanted) = (Some(entry.format), Some(WeightFormat::Gguf));
-                    return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
-                }
-                (entry.name.clone(), self.gguf(entry, progress).await?, kept_as(entry))
-            }
-            _ => {
-                let artifact = self.locate(reference, Want::Gguf, progress).await?;
-                let [file] = &artifact.weights[..] else {
-                    let what = format!("it is in {} files, and one is needed", artifact.weights.len());
-                    return Err(FetchError::Reference { reference: reference.to_owned(), what });
-                };
-                let made = (stem(file), stamp(file)?);
-                (artifact.name, file.clone(), made)
-            }
+        let Published { name, files, made } = self.published(reference, progress).await?;
+        let [file] = &files[..] else {
+            let what = format!("it is in {} files, and one is needed", files.len());
+            return Err(FetchError::Reference { reference: reference.to_owned(), what });
         };
+        let (file, made) = (file.clone(), made?);
         let imported = self.made_of(&made, &format!("v{}", import::VERSION));
         let floats = Floats::F32;
         let unpacked =
@@ -71,6 +66,37 @@ impl Store {
             imported: Artifact { name: name.clone(), ..local::locate(&imported, reference, Want::Safetensors)? },
             unpacked: super::gguf_artifact(&name, unpacked),
         })
+    }
+
+    /// The files of the GGUF that `reference` names as they were published, in order, and the model's name: what
+    /// [`Store::locate`] finds, but of a catalog entry never what was made of it.
+    ///
+    /// # Errors
+    ///
+    /// Those of finding it, and a model that has no GGUF.
+    pub async fn gguf_files(
+        &self,
+        reference: &str,
+        progress: &ProgressSink,
+    ) -> Result<(String, Vec<PathBuf>), FetchError> {
+        let Published { name, files, .. } = self.published(reference, progress).await?;
+        Ok((name, files))
+    }
+
+    async fn published(&self, reference: &str, progress: &ProgressSink) -> Result<Published, FetchError> {
+        if let Reference::Name(name) = Reference::parse(reference, Path::exists)? {
+            let entry = catalog::find(&name)?;
+            if entry.format != WeightFormat::Gguf {
+                let (has, wanted) = (Some(entry.format), Some(WeightFormat::Gguf));
+                return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
+            }
+            let files = vec![self.gguf(entry, progress).await?];
+            return Ok(Published { name: entry.name.clone(), files, made: Ok(kept_as(entry)) });
+        }
+        let Artifact { name, weights: files, .. } = self.locate(reference, Want::Gguf, progress).await?;
+        let made = files.first().map_or_else(Default::default, |file| (stem(file), file.clone()));
+        let made = stamp(&made.1).map(|stamp| (made.0, stamp));
+        Ok(Published { name, files, made })
     }
 }
 
