@@ -7,6 +7,7 @@
 
 mod backend;
 pub mod bench;
+pub mod convert;
 mod device;
 #[cfg(test)]
 mod embed_tests;

@@ -56,9 +56,7 @@ impl Part {
         } else if has(&["shared_expert", "shexp"]) {
             Self::Mlp
         } else if has(&["gate_inp", "router", "e_score_correction_bias", "exp_probs_b", "expert_bias"])
-            || name.ends_with(".mlp.gate.weight")
-            || name.ends_with(".block_sparse_moe.gate.weight")
-            || name.ends_with(".feed_forward.gate.weight")
+            || has(&[".mlp.gate.", ".block_sparse_moe.gate.", ".feed_forward.gate."])
         {
             Self::Router
         } else if has(&[".experts.", "switch_mlp", "switch_glu", "_exps."]) {
@@ -171,6 +169,7 @@ mod tests {
             ("blk.3.ffn_gate_shexp.weight", Part::Mlp),
             ("model.layers.1.mlp.gate_proj.weight", Part::Mlp),
             ("model.layers.1.mlp.gate.weight", Part::Router),
+            ("model.layers.1.mlp.gate.scales", Part::Router),
             ("model.layers.1.mlp.experts.7.up_proj.weight", Part::Experts),
             ("model.layers.1.mlp.switch_mlp.up_proj.scales", Part::Experts),
             ("model.layers.1.mlp.shared_experts.up_proj.weight", Part::Mlp),

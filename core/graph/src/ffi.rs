@@ -40,6 +40,11 @@ impl Mode {
         self == Self::Affine
     }
 
+    /// The name in config.json.
+    pub fn id(self) -> &'static str {
+        self.name().to_str().unwrap_or_default()
+    }
+
     fn name(self) -> &'static CStr {
         match self {
             Self::Affine => c"affine",
@@ -151,6 +156,41 @@ pub fn dequantize(w: &Packed) -> Result<Array, Exception> {
             stream,
         )
     })
+}
+
+/// A matrix `[…, out, in]` packed; `in` is a multiple of the group's size.
+pub fn quantize(w: &Array, group_size: i32, bits: i32, mode: Mode) -> Result<Packed, Exception> {
+    init();
+    let stream = Stream::thread_local_or_default();
+    // SAFETY: mlx-c fills the vector on success; it is freed once, on every path, and arrays taken out of it are owned.
+    let parts = unsafe {
+        let mut parts = mlx_sys::mlx_vector_array_new();
+        let status = mlx_sys::mlx_quantize(
+            &mut parts,
+            w.as_ptr(),
+            int(group_size),
+            int(bits),
+            mode.name().as_ptr(),
+            pointer(None),
+            stream.as_ptr(),
+        );
+        let count = if status == 0 { mlx_sys::mlx_vector_array_size(parts) } else { 0 };
+        let taken = (0..count).map(|index| {
+            let mut part = mlx_sys::mlx_array_new();
+            let _ = mlx_sys::mlx_vector_array_get(&mut part, parts, index);
+            Array::from_ptr(part)
+        });
+        let taken: Vec<Array> = taken.collect();
+        mlx_sys::mlx_vector_array_free(parts);
+        taken
+    };
+    let mut parts = parts.into_iter();
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(weight), Some(scales), biases) if biases.is_some() == mode.has_biases() => {
+            Ok(Packed { weight, scales, biases, group_size, bits, mode })
+        }
+        _ => Err(last_error("quantize")),
+    }
 }
 
 /// The bits that both have, of integers.

@@ -16,8 +16,8 @@ use crate::{
 
 /// Most files of a directory that are looked at.
 const FILES_MAX: usize = 100_000;
-/// Largest index file, in bytes.
-const INDEX_BYTES_MAX: u64 = 64 << 20;
+/// Largest index file, in bytes. Kimi K2's has 15 MB.
+const INDEX_BYTES_MAX: u64 = 48 << 20;
 
 /// The model at `path`, which the user spelled `reference`.
 pub(crate) fn locate(path: &Path, reference: &str, want: Want) -> Result<Artifact, FetchError> {

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::{
     access::AccessArgs,
-    commands::models::{import::ImportArgs, show::ShowArgs},
+    commands::models::{convert::ConvertArgs, import::ImportArgs, show::ShowArgs},
 };
 
 /// Serves local language models over an OpenAI-compatible API
@@ -292,6 +292,8 @@ pub enum ModelsCommand {
     Show(ShowArgs),
     /// Make an MLX directory of a GGUF, and say what became of its weights
     Import(ImportArgs),
+    /// Quantize a model's safetensors into a new directory, and say what that changed
+    Convert(ConvertArgs),
     /// Download a model
     Download {
         /// A catalog name or a repository

@@ -2,6 +2,7 @@
 
 mod batches;
 mod checkpoints;
+mod convert;
 mod goldens;
 mod memory;
 mod models;

@@ -6,7 +6,7 @@ use mesh_core::{Fact, ModelProfile, ProbeError, Quantization, Source};
 use serde_json::Value;
 
 use super::{
-    CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, TOKENIZER_CONFIG_BYTES_MAX, add_eos, blank,
+    CONFIG_BYTES_MAX, GENERATION_CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, TOKENIZER_CONFIG_BYTES_MAX, add_eos, blank,
     census::{self, Packing},
     json, kept, malformed, relative, safetensors, template,
     tokens::{self, AddedToken, TokenizerConfig},
@@ -17,15 +17,16 @@ use crate::store::Artifact;
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 const TOKENIZER: &str = "tokenizer.json";
+/// A tokenizer.json that is worth a thread, in bytes.
+const TOKENIZER_LONG_BYTES: u64 = 1 << 20;
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS: &str = "special_tokens_map.json";
 
 pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
     let root = &artifact.root;
     let mut profile = blank(artifact)?;
-    profile.config = json(root, CONFIG, CONFIG_BYTES_MAX)?;
-    profile.generation_config = json(root, GENERATION_CONFIG, CONFIG_BYTES_MAX)?;
-    let config = Config(profile.config.clone());
+    let config = Config(json(root, CONFIG, CONFIG_BYTES_MAX)?);
+    profile.generation_config = json(root, GENERATION_CONFIG, GENERATION_CONFIG_BYTES_MAX)?;
     config.check().map_err(|what| malformed(&root.join(CONFIG), what))?;
     profile.model_type = config.named("model_type");
     profile.architectures = config.architectures();
@@ -33,18 +34,27 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
     profile.vision = config.0.get("vision_config").map(|_| Fact::new(true, Source::key(CONFIG, "vision_config")));
     profile.quantization = config.quantization();
     let path = root.join(TOKENIZER);
-    // The two longest reads, beside each other.
-    let added = std::thread::scope(|scope| {
-        let added = scope.spawn(|| tokens::added_tokens(&path, TOKENIZER_BYTES_MAX));
-        weights(&mut profile, artifact, &config)?;
-        added.join().unwrap_or_else(|_| Err(malformed(&path, "it cannot be read")))
-    })?;
+    let added = || tokens::added_tokens(&path, TOKENIZER_BYTES_MAX);
+    let long = std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() > TOKENIZER_LONG_BYTES);
+    let added = match long {
+        // The two longest reads, beside each other.
+        true => std::thread::scope(|scope| {
+            let added = scope.spawn(added);
+            weights(&mut profile, artifact, &config)?;
+            added.join().unwrap_or_else(|_| Err(malformed(&path, "it cannot be read")))
+        })?,
+        false => {
+            weights(&mut profile, artifact, &config)?;
+            added()?
+        }
+    };
     if let Some(added) = added {
         profile.tokenizer = Some(Fact::new(path.clone(), Source::file(relative(root, &path))));
         end_tokens(&mut profile, &config, root, &added)?;
     } else {
         end_tokens(&mut profile, &config, root, &[])?;
     }
+    profile.config = config.0;
     Ok(profile)
 }
 
@@ -85,7 +95,9 @@ impl Config {
                 // Some checkpoints list a size for each layer.
                 let one = std::slice::from_ref(value);
                 let sizes = value.as_array().map_or(one, Vec::as_slice);
-                let whole = |size: &Value| size.as_u64().is_some_and(|size| size <= *most);
+                let whole = |size: &Value| {
+                    size.as_f64().is_some_and(|size| size.fract() == 0.0 && (0.0..=*most as f64).contains(&size))
+                };
                 if let Some(size) = sizes.iter().find(|size| !size.is_null() && !whole(size)) {
                     let shown: String = size.to_string().chars().take(100).collect();
                     return Err(format!("`{key}` is {shown}, where whole numbers up to {most} are read"));
@@ -156,7 +168,9 @@ fn geometry(profile: &mut ModelProfile, config: &Config) {
     profile.layers = config.number(&["num_hidden_layers", "num_layers", "n_layer"]);
     profile.kv_heads = config.number(&["num_key_value_heads", "num_attention_heads", "n_head"]);
     profile.vocab_size = config.number(&["vocab_size"]);
-    profile.kept = kept::kept(config.text()).map(|kept| Fact::new(kept, Source::file(CONFIG)));
+    let source =
+        config.of_text("layer_types").or_else(|| config.of_text("num_hidden_layers")).map(|(_, source)| source);
+    profile.kept = kept::kept(config.text()).zip(source).map(|(kept, source)| Fact::new(kept, source));
     // With latent attention (MLA) a cache holds latents, and heads say nothing about its size.
     if config.of_text("kv_lora_rank").is_none() {
         profile.head_dim = config.number(&["head_dim"]).or_else(|| {
@@ -172,7 +186,7 @@ fn weights(profile: &mut ModelProfile, artifact: &Artifact, config: &Config) -> 
     for path in &artifact.weights {
         safetensors::read_header(path, &mut tensors)?;
     }
-    let source = profile.format.source.clone();
+    let source = Source::key(profile.format.source.file.clone(), "shapes of tensors");
     let mode = profile.quantization.as_ref().map_or("affine", |fact| fact.value.mode.as_str());
     let census = census::checkpoint(&tensors, &Packing { mode, group_size: &|module| config.group_size(module) });
     profile.parameters = Some(Fact::new(census.parameters(), source.clone()));
@@ -184,6 +198,7 @@ fn weights(profile: &mut ModelProfile, artifact: &Artifact, config: &Config) -> 
     }
     profile.stored = Some(Fact::new(census.stored(), source.clone()));
     if profile.model_type.is_none() && profile.architectures.is_none() {
+        let source = profile.format.source.clone();
         profile.tensor_names = Some(Fact::new(tensors.entries.into_keys().collect(), source));
     }
     Ok(())

@@ -41,7 +41,7 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
         let tokens = gguf.array(TOKENS)?;
         Some(Fact::new(u32::try_from(tokens.len()).ok()?, header.source(TOKENS)))
     });
-    profile.parameters = Some(Fact::new(census.parameters(), Source::file(&file)));
+    profile.parameters = Some(Fact::new(census.parameters(), Source::key(&file, "shapes of tensors")));
     let (chosen, all) = (header.number(&of("expert_used_count")), header.number(&of("expert_count")));
     if let (Some(chosen), Some(all)) = (chosen, all) {
         let active = census.active(chosen.value, all.value);
@@ -53,7 +53,7 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
         Fact::new(quantization, Source::key(&file, "tensor types"))
     });
     profile.stored = Some(Fact::new(census.stored(), Source::key(&file, "tensor types")));
-    profile.kept = header.kept(&architecture.value).map(|kept| Fact::new(kept, Source::file(&file)));
+    profile.kept = header.kept(&architecture.value).map(|kept| Fact::new(kept, header.source(&of("block_count"))));
     profile.bos_token = header.token("tokenizer.ggml.bos_token_id").map(|(_, text)| text);
     profile.eos_token = header.token("tokenizer.ggml.eos_token_id").map(|(_, text)| text);
     for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
@@ -62,7 +62,7 @@ pub(super) fn profile(artifact: &Artifact) -> Result<ModelProfile, ProbeError> {
             add_eos(&mut profile, id, text.source);
         }
     }
-    profile.chat_template = header.template();
+    profile.chat_template = header.template().map_err(|what| malformed(&artifact.weights[0], what))?;
     profile.gguf_architecture = Some(architecture);
     Ok(profile)
 }
@@ -147,7 +147,7 @@ impl Header<'_> {
         Some((id, Fact::new(String::from_utf8_lossy(text).into_owned(), self.source(key))))
     }
 
-    fn template(&self) -> Option<Fact<ChatTemplate>> {
+    fn template(&self) -> Result<Option<Fact<ChatTemplate>>, String> {
         let prefix = format!("{TEMPLATE}.");
         let mut pairs: Vec<(&str, &str)> = Vec::new();
         if let Some(text) = self.gguf.text(TEMPLATE) {
@@ -158,6 +158,12 @@ impl Header<'_> {
                 pairs.push((&key[prefix.len()..], text));
             }
         }
-        Some(Fact::new(template::from_named(&pairs)?, self.source(TEMPLATE)))
+        let (most, bytes) =
+            (template::TEMPLATE_BYTES_MAX, pairs.iter().map(|(_, text)| text.len() as u64).sum::<u64>());
+        if bytes > most {
+            return Err(format!("its chat templates have {bytes} bytes; at most {most} are read"));
+        }
+        let source = self.source(TEMPLATE);
+        Ok(template::from_named(&pairs).map(|template| Fact::new(template, source)))
     }
 }

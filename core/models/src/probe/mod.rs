@@ -21,8 +21,12 @@ use serde_json::Value;
 
 use crate::store::Artifact;
 
-/// Largest config.json and generation_config.json, in bytes. As values they take up to 20 times as much.
+/// Largest config.json, in bytes.
 const CONFIG_BYTES_MAX: u64 = 2 << 20;
+/// Most values in a JSON object that is kept whole. A value of two bytes takes 72 in memory, and may take 300.
+const VALUES_MAX: usize = 1 << 17;
+/// Largest generation_config.json, in bytes.
+const GENERATION_CONFIG_BYTES_MAX: u64 = 256 << 10;
 /// Largest tokenizer_config.json and special_tokens_map.json, in bytes; some list every added token.
 const TOKENIZER_CONFIG_BYTES_MAX: u64 = 16 << 20;
 /// Largest tokenizer.json, in bytes. Gemma's has 33 MB.
@@ -86,8 +90,9 @@ pub(crate) fn read_capped(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io(error)),
     };
-    let mut content = Vec::new();
-    // The size that metadata claims is not believed: the file may be a pipe.
+    // The size that metadata claims is no more than a hint: the file may be a pipe.
+    let hint = file.metadata().map_or(0, |metadata| metadata.len().min(bytes_max));
+    let mut content = Vec::with_capacity(hint as usize + 1);
     file.take(bytes_max + 1).read_to_end(&mut content).map_err(io)?;
     if content.len() as u64 > bytes_max {
         return Err(malformed(path, format!("larger than the {bytes_max} bytes that are read")));
@@ -106,6 +111,11 @@ fn typed<T: DeserializeOwned + Default>(root: &Path, file: &str, bytes_max: u64)
 fn json(root: &Path, file: &str, bytes_max: u64) -> Result<Value, ProbeError> {
     let path: PathBuf = root.join(file);
     let Some(content) = read_capped(&path, bytes_max)? else { return Ok(Value::Null) };
+    // At most as many as there are things that stand before one.
+    let values = content.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count();
+    if values > VALUES_MAX {
+        return Err(malformed(&path, format!("may hold {values} values; at most {VALUES_MAX} are read")));
+    }
     match serde_json::from_slice(&content) {
         Ok(value @ Value::Object(_)) => Ok(value),
         Ok(_) => Err(malformed(&path, "not a JSON object")),
