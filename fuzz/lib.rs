@@ -23,8 +23,12 @@ pub fn understood(files: &[(&str, &[u8])]) -> Option<ModelProfile> {
     for (name, content) in files {
         fs::write(root.join(name), content).expect("a file");
     }
-    let store = Store::new(StoreOptions { cache: Some(root.join("cache")), offline: true }).expect("a store");
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    // Made once: a store has an HTTP client, which takes longer to make than any model to understand.
+    static STORE: OnceLock<(Store, tokio::runtime::Runtime)> = OnceLock::new();
+    let (store, runtime) = STORE.get_or_init(|| {
+        let store = Store::new(StoreOptions { cache: Some(root.join("cache")), offline: true });
+        (store.expect("a store"), tokio::runtime::Builder::new_current_thread().build().expect("a runtime"))
+    });
     let found = runtime.block_on(store.locate(root.to_str().expect("a name"), Want::Any, &ProgressSink::silent()));
     probe(&found.ok()?).ok()
 }

@@ -9,7 +9,8 @@ fuzz_target!(|content: &[u8]| {
     let files = [("model.safetensors", &weights[..]), ("tokenizer_config.json", content)];
     let Some(template) = mesh_fuzz::understood(&files).and_then(|profile| profile.chat_template) else { return };
     let Ok(template) = Template::compile(&template.value.default) else { return };
-    let messages = serde_json::json!([{ "role": "user", "content": "hello" }, { "role": "assistant", "content": "hi" }]);
+    let messages =
+        serde_json::json!([{ "role": "user", "content": "hello" }, { "role": "assistant", "content": "hi" }]);
     let rendered = template.render(&TemplateInput {
         messages: &messages,
         tools: None,

@@ -1,8 +1,8 @@
 //! Whether and how a model would be served: pure, from its profile and what the host reported.
 
 use mesh_core::{
-    Capabilities, Device, Host, Knob, ModelProfile, Need, Offer, OutputForm, PromptForm, Reason, Refusal, Verdict,
-    WeightFormat,
+    Capabilities, Device, Fact, Host, Kept, Knob, ModelProfile, Need, Offer, OutputForm, PromptForm, Reason, Refusal,
+    Verdict, WeightFormat,
 };
 
 use crate::{settings::QUEUE_DEFAULT, share::Share};
@@ -16,6 +16,9 @@ const CONTEXT_UNSIZED_TOKENS_MAX: u32 = 8192;
 const CONTEXT_TOKENS_MIN: u32 = 2048;
 /// Left for everything that is neither weights nor cache, in bytes.
 pub(crate) const OVERHEAD_BYTES: u64 = 256 << 20;
+
+/// What llama.cpp keeps of a window besides: as many tokens as it reads at a time.
+const BATCH_TOKENS: u32 = 512;
 
 /// The parameters that `/completion` honours.
 pub(crate) const KNOBS: [Knob; 15] = [
@@ -117,7 +120,10 @@ pub(crate) fn need(profile: &ModelProfile, host: &Host, context_tokens: u32) -> 
         return None;
     }
     let cache_bytes = match &profile.kept {
-        Some(fact) => fact.value.bytes(context_tokens.into(), 2),
+        Some(Fact { value: kept, .. }) => {
+            let windows = kept.windows.iter().map(|(window, values)| (window.saturating_add(BATCH_TOKENS), *values));
+            Kept { windows: windows.collect(), ..kept.clone() }.bytes(context_tokens.into(), 2)
+        }
         None => profile.kv_bytes_per_token()?.saturating_mul(context_tokens.into()),
     };
     let weights_bytes = profile.weight_bytes.value;
@@ -176,7 +182,7 @@ pub(crate) fn choose_context(profile: &ModelProfile, available_bytes: Option<u64
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mesh_core::{DeviceKind, Fact, Source};
+    use mesh_core::{DeviceKind, Source};
     use proptest::prelude::*;
 
     fn fact<T>(value: T) -> Option<Fact<T>> {
@@ -214,6 +220,21 @@ mod tests {
         for part in ["`general.architecture` is `llama`", "4 × 4096 tokens × 5120 bytes", "= 167773160 bytes"] {
             assert!(text.contains(part), "{text}");
         }
+    }
+
+    #[test]
+    fn what_a_context_needs_follows_from_what_is_kept() {
+        let host = host(Some(1 << 40));
+        let plain = need(&profile(4096, 1000), &host, 100).unwrap();
+        assert_eq!((plain.weights_bytes, plain.cache_bytes), (1000, 100 * 5120));
+        assert_eq!(plain.device_bytes, 1000 + 100 * 5120 + OVERHEAD_BYTES);
+        let kept = Kept { token_values: 10, windows: vec![(64, 3)], state_values: 7 };
+        let model = ModelProfile { kept: fact(kept), ..profile(4096, 1000) };
+        assert_eq!(need(&model, &host, 100).unwrap().cache_bytes, 2 * (100 * 10 + 100 * 3) + 4 * 7);
+        assert_eq!(need(&model, &host, 4096).unwrap().cache_bytes, 2 * (4096 * 10 + (64 + 512) * 3) + 4 * 7);
+        assert_eq!(model.kv_bytes_per_token(), Some(2 * 13));
+        let nowhere = Host { device: Err("no llama-server".into()), notes: vec![] };
+        assert_eq!(need(&model, &nowhere, 100), None);
     }
 
     #[test]

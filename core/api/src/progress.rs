@@ -20,6 +20,11 @@ pub enum Stage {
         /// What is converted.
         what: String,
     },
+    /// Weights are being quantized; `done` and `total` count values.
+    Convert {
+        /// What is converted.
+        what: String,
+    },
     /// Weights are being read; `done` and `total` count bytes where known.
     Load {
         /// The model's name.

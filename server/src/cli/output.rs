@@ -92,6 +92,7 @@ impl Output {
             Stage::Download { file } => ("download", file, true),
             Stage::Install { what } => ("install", what, true),
             Stage::Import { what } => ("import", what, false),
+            Stage::Convert { what } => ("convert", what, false),
             Stage::Load { what } => ("load", what, true),
         };
         let over = progress.total == Some(progress.done);

@@ -135,7 +135,7 @@ fn convert_by(
     sidecars::copy(&profile.root, work.path())?;
     write_json(&work.path().join(CONFIG), &config(&profile.config, scheme))?;
 
-    let stage = Stage::Import { what: profile.name.clone() };
+    let stage = Stage::Convert { what: profile.name.clone() };
     let total: u64 = shards.iter().flatten().map(Planned::values).sum();
     let files = shard::Files::create(work.path(), &shards)?;
     let (mut sums, mut done) = (Sums::default(), 0);

@@ -96,7 +96,8 @@ impl Header<'_> {
     fn kept(&self, architecture: &str) -> Option<Kept> {
         let key = |name: &str| format!("{architecture}.{name}");
         let number = |name: &str| self.gguf.unsigned(&key(name)).filter(|number| *number <= u32::MAX.into());
-        let list = |name: &str| Some(self.gguf.array(&key(name))?.unsigned().collect::<Vec<_>>());
+        let list =
+            |name: &str| Some(self.gguf.array(&key(name))?.unsigned().take(LAYERS_MAX as usize).collect::<Vec<_>>());
         let layers = number("block_count").filter(|layers| *layers <= LAYERS_MAX)?;
         let heads = number("attention.head_count").or_else(|| list("attention.head_count")?.into_iter().max())?;
         let share = || number("embedding_length")?.checked_div(heads);

@@ -1,6 +1,8 @@
 //! What is kept of a sequence, from the settings of config.json: which layers see everything, a window, or carry a state,
 //! and how much each keeps. The tests of the families compare it with what their graphs keep.
 
+use std::collections::BTreeSet;
+
 use mesh_core::Kept;
 use serde_json::Value;
 
@@ -56,7 +58,8 @@ impl Settings<'_> {
 
     /// What each layer is.
     fn kinds(&self, layers: usize) -> Option<Vec<Kind>> {
-        let indices = |value: &Value| -> Option<Vec<u64>> { value.as_array()?.iter().map(Value::as_u64).collect() };
+        let indices =
+            |value: &Value| -> Option<BTreeSet<u64>> { value.as_array()?.iter().map(Value::as_u64).collect() };
         let every = |layer: u64, period: u64| (layer + 1).is_multiple_of(period.max(1));
         let all = 0..layers as u64;
         if let Some(types) = self.0["layer_types"].as_array() {
