@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 import tomllib
-import urllib.request
 import xml.etree.ElementTree
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from program import Server  # noqa: E402
+
 WORK = HERE.parents[1] / "target" / "clients"
 READY_MAX_S = 1800  # llama-server may have to be compiled first
 SUITE_MAX_S = 3600
@@ -45,45 +46,19 @@ def node():
     return folder
 
 
-class Server:
-    def __init__(self, binary, backend, model, flags):
-        config = WORK / "config.toml"
-        # For clients that change over to another model: the same one, under another path or name.
-        if model:
-            folder = WORK / "another"
-            folder.unlink(missing_ok=True)
-            folder.symlink_to(Path(model).resolve().parent)
-            other = str(folder / Path(model).name)
-        else:
-            other = "SmolLM2-135M-Instruct-Q4_1"
-        table = {"model": other, "name": OTHER_MODEL, "backend": backend}
-        config.write_text("[[models]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()))
-        command = [binary, "--port", "0", "--config", config, *flags]
-        self.log = open(WORK / "server.log", "w")
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
-        for line in self.process.stdout:
-            if line.startswith("listening on "):
-                self.url = line.split()[-1]
-                break
-        else:
-            sys.exit(f"{command} never listened")
-
-    def model(self):
-        """The model's name, once it is ready."""
-        for _ in range(READY_MAX_S):
-            with urllib.request.urlopen(f"{self.url}/v1/models") as answer:
-                models = json.load(answer)["data"]
-            model = next(model for model in models if model["id"] != OTHER_MODEL)
-            if model["status"] == "ready":
-                return model["id"]
-            if model["status"] == "failed":
-                sys.exit(f"{model['id']} cannot be loaded")
-            time.sleep(1)
-        sys.exit("the model is not ready")
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(timeout=60)
+def configuration(backend, model):
+    """For clients that change over to another model: the same one, under another path or name."""
+    if model:
+        folder = WORK / "another"
+        folder.unlink(missing_ok=True)
+        folder.symlink_to(Path(model).resolve().parent)
+        other = str(folder / Path(model).name)
+    else:
+        other = "SmolLM2-135M-Instruct-Q4_1"
+    table = {"model": other, "name": OTHER_MODEL, "backend": backend}
+    config = WORK / "config.toml"
+    config.write_text("[[models]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()))
+    return config
 
 
 def suite(python, packages, server, model, report):
@@ -145,9 +120,10 @@ def main():
     known = tomllib.loads((HERE / "known.toml").read_text())
     bad = False
     for backend, (model, flags) in runs.items():
-        server = Server(Path(arguments.binary).resolve(), backend, model, [*flags, "--ctx", "4096", "--max-parallel", "2"])
+        flags = ["--config", configuration(backend, model), *flags, "--ctx", "4096", "--max-parallel", "2"]
+        server = Server(Path(arguments.binary).resolve(), flags, WORK / "server.log")
         try:
-            served = server.model()
+            served = server.ready(READY_MAX_S, but=OTHER_MODEL)
             failed, count = suite(python, packages, server, served, WORK / f"{backend}.xml")
         finally:
             server.stop()

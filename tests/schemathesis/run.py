@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from program import Server, get  # noqa: E402
+
 ROOT = HERE.parents[1]
 WORK = ROOT / "target" / "schemathesis"
 SEEN = WORK / "seen.jsonl"
@@ -22,8 +23,6 @@ READY_MAX_S = 60
 FUZZ_MAX_S = 120
 # What may pass beyond that until schemathesis has come to its end: the requests under way, and its report.
 GRACE_S = 50
-ANSWER_MAX_S = 5
-STOP_MAX_S = 30
 # Operations that are never answered with 200 here: nothing runs any more by the time that it is cancelled, and
 # schemathesis leaves out where the document itself came from.
 NEVER = {"POST /v1/requests/{id}/cancel", "POST /v1/responses/{response_id}/cancel", "GET /openapi.json"}
@@ -39,52 +38,6 @@ def environment():
         subprocess.run(pip, check=True, timeout=INSTALL_MAX_S)
         stamp.write_text(wanted)
     return folder
-
-
-def get(url):
-    with urllib.request.urlopen(url, timeout=ANSWER_MAX_S) as answer:
-        return json.load(answer)
-
-
-class Server:
-    def __init__(self, binary, model):
-        config = WORK / "config.toml"
-        config.write_text('[backends.mlx]\ndevice = "cpu"\n')
-        self.log = WORK / "server.log"
-        command = [binary, "--port", "0", "--config", config, "--mlx-file", model, "--ctx", "256", "--max-parallel", "2"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        self.url = None
-
-    def ready(self):
-        """The name of its model, once that is ready."""
-        for line in self.process.stdout:
-            if line.startswith("listening on "):
-                self.url = line.split()[-1]
-                break
-        else:
-            raise RuntimeError("the server never listened")
-        # Whatever else it prints must not fill the pipe.
-        threading.Thread(target=self.process.stdout.read, daemon=True).start()
-        deadline = time.monotonic() + READY_MAX_S
-        while time.monotonic() < deadline:
-            model = get(f"{self.url}/v1/models")["data"][0]
-            if model["status"] == "ready":
-                return model["id"]
-            if model["status"] == "failed":
-                raise RuntimeError("the model cannot be loaded")
-            time.sleep(0.2)
-        raise RuntimeError(f"the model is not ready after {READY_MAX_S} s")
-
-    def stop(self):
-        """Ends it; its exit status."""
-        self.process.terminate()
-        try:
-            return self.process.wait(timeout=STOP_MAX_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return None
 
 
 class Pulse(threading.Thread):
@@ -149,9 +102,12 @@ def main():
         sys.exit("CI" in os.environ)
     WORK.mkdir(parents=True, exist_ok=True)
     programs = environment()
-    server, wrong = Server(arguments.binary.resolve(), arguments.mlx_file.resolve()), []
+    config = WORK / "config.toml"
+    config.write_text('[backends.mlx]\ndevice = "cpu"\n')
+    flags = ["--config", config, "--mlx-file", arguments.mlx_file.resolve(), "--ctx", "256", "--max-parallel", "2"]
+    server, wrong = Server(arguments.binary.resolve(), flags, WORK / "server.log"), []
     try:
-        model = server.ready()
+        model = server.ready(READY_MAX_S)
         pulse = Pulse(server.url)
         pulse.start()
         if not fuzz(programs, server.url, model):

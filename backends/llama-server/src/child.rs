@@ -197,13 +197,19 @@ fn spawn_here(program: Program) -> io::Result<Child> {
     command.args(&program.arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // A group of its own, so that Ctrl-C at the terminal reaches us alone and requests can be drained.
     command.kill_on_drop(true).process_group(0);
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("LLAMA_")) {
+    for (name, _) in std::env::vars_os().filter(|(name, _)| is_not_for_it(&name.to_string_lossy())) {
         command.env_remove(name);
     }
     command.envs(program.environment.iter().map(|(name, value)| (name, value)));
     #[cfg(target_os = "linux")]
     die_with_us(&mut command);
     command.spawn()
+}
+
+/// Settings that would work against ours, and secrets that are not the child's business: our API keys, the hub's tokens.
+fn is_not_for_it(variable: &str) -> bool {
+    ["LLAMA_", "MESH_LLM_"].iter().any(|start| variable.starts_with(start))
+        || ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].contains(&variable)
 }
 
 /// Has the kernel kill the child when we are gone, however we went.
@@ -258,6 +264,16 @@ mod tests {
         let process = Process::start(sh("kill -ILL $$")).await.unwrap();
         let ended = process.ended().await;
         assert!(ended.illegal_instruction && ended.status == "signal 4 (SIGILL)", "{ended:?}");
+    }
+
+    #[test]
+    fn secrets_are_kept_from_the_child() {
+        for name in ["LLAMA_ARG_MODEL", "MESH_LLM_API_KEYS", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"] {
+            assert!(is_not_for_it(name), "{name}");
+        }
+        for name in ["PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME", "GGML_CUDA_FORCE_MMQ"] {
+            assert!(!is_not_for_it(name), "{name}");
+        }
     }
 
     #[tokio::test]

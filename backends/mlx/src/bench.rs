@@ -58,6 +58,17 @@ pub fn shapes() -> Vec<Shape> {
             }),
         },
         Shape {
+            name: "lfm2-1.2b",
+            family: "lfm2",
+            config: json!({
+                "model_type": "lfm2", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "norm_eps": 1e-5, "conv_L_cache": 3, "conv_bias": false, "block_dim": 2048,
+                "block_ff_dim": 12_288, "intermediate_size": 12_288, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+                "block_auto_adjust_ff_dim": true, "vocab_size": 65_536, "tie_word_embeddings": true, "rope_theta": 1e6,
+                "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128_000,
+            }),
+        },
+        Shape {
             name: "llama-3.2-1b",
             family: "llama",
             config: json!({

@@ -8,6 +8,7 @@
 mod generation;
 mod json;
 mod methods;
+mod no_content;
 mod number;
 mod python;
 
@@ -15,7 +16,7 @@ use std::{
     error::Error as _,
     fmt, io,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc::{self, RecvTimeoutError},
     },
@@ -56,6 +57,8 @@ pub struct Template {
     environment: Environment<'static>,
     /// Renderings that exceeded their time and still run.
     overdue: Arc<AtomicUsize>,
+    /// What [`Template::takes_no_content`] found.
+    takes_no_content: OnceLock<bool>,
 }
 
 impl fmt::Debug for Template {
@@ -102,7 +105,7 @@ impl Template {
         environment
             .add_template_owned(NAME, generation::plain_blocks(source))
             .map_err(|error| TemplateError::Syntax { what: describe(&error) })?;
-        Ok(Self { environment, overdue: Arc::default() })
+        Ok(Self { environment, overdue: Arc::default(), takes_no_content: OnceLock::new() })
     }
 
     /// Renders a conversation. Takes microseconds, and blocks for [`TIME_MAX`] at worst.

@@ -391,8 +391,18 @@ pub struct BenchArgs {
     /// Answers have to match this regular expression, in the tokens of --tokenizer: what constraints cost
     #[arg(long, value_name = "REGEX", help_heading = "Bench", requires = "tokenizer", requires = "shape")]
     pub constrain: Option<String>,
-    /// The tokenizer.json whose vocabulary --constrain is about; no larger than the shape's
-    #[arg(long, value_name = "PATH", help_heading = "Bench", requires = "constrain")]
+    /// The same by a JSON schema
+    #[arg(
+        long,
+        value_name = "JSON",
+        help_heading = "Bench",
+        requires = "tokenizer",
+        requires = "shape",
+        conflicts_with = "constrain"
+    )]
+    pub constrain_schema: Option<String>,
+    /// The tokenizer.json whose vocabulary constraints are about; no larger than the shape's
+    #[arg(long, value_name = "PATH", help_heading = "Bench")]
     pub tokenizer: Option<PathBuf>,
     /// Measure a shape with MLX's plain operations alone, no kernels of our own
     #[arg(long, help_heading = "Bench", requires = "shape")]

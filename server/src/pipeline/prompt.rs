@@ -1,6 +1,6 @@
 //! From a conversation or a text to what an engine takes.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use chrono::NaiveDateTime;
 use mesh_core::{Constraint, Landmarks, Prompt, PromptForm, SubmitError, TemplateError, Thinking};
@@ -225,8 +225,9 @@ impl<'a> Conversation<'a> {
     }
 
     fn render(&self, messages: &Value, add_generation_prompt: bool) -> Result<String, TemplateError> {
+        let given = with_content(messages, || self.template.takes_no_content());
         self.template.render(&TemplateInput {
-            messages,
+            messages: &given,
             tools: self.tools.as_ref(),
             add_generation_prompt,
             bos_token: self.bos,
@@ -235,6 +236,21 @@ impl<'a> Conversation<'a> {
             now: self.now,
         })
     }
+}
+
+/// The messages with empty text where calls stand without any, if the template cannot be given none.
+fn with_content(messages: &Value, takes_no_content: impl FnOnce() -> bool) -> Cow<'_, Value> {
+    let bare =
+        |message: &Value| message.get("tool_calls").is_some() && message.get("content").is_none_or(Value::is_null);
+    let Some(all) = messages.as_array().filter(|all| all.iter().any(bare)) else { return Cow::Borrowed(messages) };
+    if takes_no_content() {
+        return Cow::Borrowed(messages);
+    }
+    let mut all = all.clone();
+    for message in all.iter_mut().filter(|message| bare(message)) {
+        message["content"] = "".into();
+    }
+    Cow::Owned(all.into())
 }
 
 /// Gives the reasoning of a message all the names that templates read it by. Each reads one of them.
@@ -287,6 +303,23 @@ mod tests {
         assert_eq!(names(json!({"content": null, "reasoning_content": "hm", "tool_calls": [1]})), [true, true, true]);
         assert_eq!(names(json!({"content": "a", "reasoning_content": "hm", "tool_calls": [1]})), [true, true, false]);
         assert_eq!(names(json!({"content": "a"})), [false, false, false]);
+    }
+
+    #[test]
+    fn calls_without_text_have_empty_text_where_a_template_needs_some() {
+        let messages = json!([
+            { "role": "assistant", "content": null, "tool_calls": [1] },
+            { "role": "assistant", "tool_calls": [1] },
+            { "role": "assistant", "content": "a", "tool_calls": [1] },
+            { "role": "assistant", "content": null },
+        ]);
+        let contents = |given: Cow<'_, Value>| -> Vec<Value> {
+            given.as_array().unwrap().iter().map(|message| message["content"].clone()).collect()
+        };
+        assert_eq!(contents(with_content(&messages, || false)), [json!(""), json!(""), json!("a"), Value::Null]);
+        assert_eq!(*with_content(&messages, || true), messages);
+        let spoken = json!([{ "role": "user", "content": "a" }]);
+        assert_eq!(*with_content(&spoken, || panic!("nobody needs to know")), spoken);
     }
 
     #[test]

@@ -16,14 +16,13 @@ pub struct Constrained<'a> {
 }
 
 impl<'a> Constrained<'a> {
-    /// Answers are texts that the regular expression matches, in the tokens of the tokenizer at `path`.
-    pub fn by_regex(engine: &'a dyn Engine, path: &Path, regex: &str) -> Result<Self, Failure> {
+    /// Answers are texts of `grammar`, in the tokens of the tokenizer at `path`.
+    pub fn new(engine: &'a dyn Engine, path: &Path, grammar: Grammar) -> Result<Self, Failure> {
         let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Usage, error);
         let tokenizer = Tokenizer::from_file(path).map_err(|error| failed(&error))?;
         // Which token would end an answer does not matter: it is as long as was asked for.
         let end = tokenizer.ids().saturating_sub(1);
         let vocabulary = Vocabulary::new(&tokenizer, &[], &[end]).map_err(|error| failed(&error))?;
-        let grammar = Grammar::Regex(regex.into());
         let rules = Some(vocabulary.rules(&grammar).map_err(|error| failed(&error))?);
         Ok(Self { engine, constraint: Constraint { grammar, rules } })
     }

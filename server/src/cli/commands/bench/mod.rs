@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use comfy_table::{Table, presets};
 use mesh_backend_mlx::bench::{RandomWeights, Shape, random_engine, shapes, take_peak_bytes};
-use mesh_core::{Device, Engine, EngineHandle, registry};
+use mesh_core::{Device, Engine, EngineHandle, Grammar, registry};
 use mesh_llm::measure::{
     Conversation, MeasureError, Workload, measure, measure_behind, measure_conversation, measure_crowd,
     resume_conversation,
@@ -39,8 +39,14 @@ pub async fn run(args: BenchArgs, output: &Output) -> Result<(), Failure> {
         vocab_size,
     };
     take_peak_bytes();
-    let constrained = match (&args.constrain, &args.tokenizer) {
-        (Some(regex), Some(path)) => Some(constrained::Constrained::by_regex(&*handle, path, regex)?),
+    let schema = |text: &String| {
+        let schema = serde_json::from_str(text).map_err(|error| Failure::new(Exit::Usage, error))?;
+        Ok::<_, Failure>(Grammar::JsonSchema(Arc::new(schema)))
+    };
+    let grammar = args.constrain.clone().map(|regex| Ok(Grammar::Regex(regex.into())));
+    let grammar = grammar.or_else(|| args.constrain_schema.as_ref().map(schema)).transpose()?;
+    let constrained = match (grammar, &args.tokenizer) {
+        (Some(grammar), Some(path)) => Some(constrained::Constrained::new(&*handle, path, grammar)?),
         _ => None,
     };
     let engine: &dyn Engine = constrained.as_ref().map_or(&*handle, |engine| engine);
