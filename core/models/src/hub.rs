@@ -203,7 +203,7 @@ impl Hub {
         disk::check(repo, needed, disk::free(&self.cache.root), &self.cache.root)?;
         let bytes = wanted.iter().map(|listed| listed.bytes).fold(0, u64::saturating_add);
         let watch = Watch::new(progress, repo, wanted.len(), bytes);
-        let fetch = Fetch { wire: &self.wire, client: &self.client, folder, commit: &listing.commit, watch: &watch };
+        let fetch = Fetch { wire: &self.wire, folder, commit: &listing.commit, watch: &watch };
         let files: Vec<_> = wanted.into_iter().map(|listed| fetch.file(listed)).collect();
         stream::iter(files).buffer_unordered(PARALLEL_FILES).try_collect().await
     }

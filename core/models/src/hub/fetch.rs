@@ -7,15 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::StreamExt;
-use hf_hub::HFClient;
 use reqwest::{StatusCode, header::CONTENT_RANGE};
 
 use super::{
     cache::Folder,
     hash::Hasher,
     watch::Watch,
-    wire::{Bytes, Fault, Listed, STALL_TIMEOUT, Wire, root_cause},
+    wire::{Bytes, Fault, Listed, Wire, root_cause},
 };
 use crate::error::FetchError;
 
@@ -27,7 +25,6 @@ const LOCK_POLL: Duration = Duration::from_millis(100);
 /// Fetches files of one commit.
 pub(super) struct Fetch<'a> {
     pub wire: &'a Wire,
-    pub client: &'a HFClient,
     pub folder: &'a Folder,
     pub commit: &'a str,
     pub watch: &'a Watch,
@@ -101,23 +98,11 @@ impl Fetch<'_> {
     async fn fill(&self, listed: &Listed, path: &Path) -> Result<(), FetchError> {
         let mut partial = Partial::open(path, listed).await?;
         let mut pauses = self.wire.patience.pauses();
-        let mut chunked = listed.xet;
         loop {
             let before = partial.done;
-            let outcome = if partial.done == listed.bytes {
-                Ok(())
-            } else if chunked {
-                self.receive_chunked(listed, &mut partial).await
-            } else {
-                self.receive(listed, &mut partial).await
-            };
+            let outcome = if partial.done == listed.bytes { Ok(()) } else { self.receive(listed, &mut partial).await };
             match outcome {
                 Ok(()) => {}
-                Err(fault) if chunked => {
-                    tracing::info!("{}; fetching it in one piece instead", fault.error);
-                    chunked = false;
-                    continue;
-                }
                 Err(fault) => {
                     if partial.done > before {
                         pauses.renew();
@@ -130,9 +115,8 @@ impl Fetch<'_> {
             if actual == listed.hash {
                 return partial.file.sync_all().map_err(FetchError::io(path));
             }
-            if partial.found || chunked {
+            if partial.found {
                 tracing::info!("{}: what was put together of it is wrong; fetching it anew", self.what(listed));
-                chunked = false;
                 partial.restart(listed).map_err(FetchError::io(path))?;
                 continue;
             }
@@ -168,22 +152,6 @@ impl Fetch<'_> {
                 Err(error) => return Err(self.cut(listed, partial, &root_cause(&error))),
             }
         }
-    }
-
-    /// Receives what is missing by hf-hub, which fetches chunks of it from several places.
-    async fn receive_chunked(&self, listed: &Listed, partial: &mut Partial) -> Result<(), Fault> {
-        let what = self.what(listed);
-        let (owner, name) = hf_hub::split_id(&self.folder.repo);
-        let repository = self.client.model(owner, name);
-        let stream = repository.download_file_stream().filename(&listed.path).revision(self.commit);
-        let stream = stream.range(partial.done..listed.bytes).send();
-        let late = |_| Fault::passing(&what, format!("nothing arrived for {} s", STALL_TIMEOUT.as_secs()));
-        let stream = tokio::time::timeout(STALL_TIMEOUT, stream).await.map_err(late)?;
-        let (_, mut stream) = stream.map_err(|error| Fault::passing(&what, error))?;
-        while let Some(chunk) = tokio::time::timeout(STALL_TIMEOUT, stream.next()).await.map_err(late)? {
-            self.take(listed, partial, &chunk.map_err(|error| Fault::passing(&what, error))?)?;
-        }
-        if partial.done == listed.bytes { Ok(()) } else { Err(self.cut(listed, partial, "the stream ended")) }
     }
 
     fn cut(&self, listed: &Listed, partial: &Partial, why: &str) -> Fault {

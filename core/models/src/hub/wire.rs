@@ -1,7 +1,9 @@
 //! Requests to the hub: tried again as the hub asks, refused with its reason, never with a token for somebody else.
 //!
 //! hf-hub's own requests do not look at `Retry-After`, and its downloads begin anew and keep whatever body comes. Here
-//! are the few that a download is made of. What hf-hub knows better (Xet, search, where the cache is) stays with it.
+//! are the few that a download is made of. What hf-hub knows better (search, where hub and cache are) stays with it. Its
+//! Xet, chunks of a file from several places, is not used: hf-hub writes those into the blob itself, where half of one
+//! looks whole. The hub gives every file in one piece, too.
 
 use std::{
     path::PathBuf,
@@ -129,9 +131,6 @@ pub(crate) struct Listed {
     pub bytes: u64,
     /// What it has to hash to.
     pub hash: Hash,
-    /// Whether the hub keeps it in chunks, which hf-hub fetches faster.
-    #[serde(default)]
-    pub xet: bool,
 }
 
 /// A repository at one commit.
@@ -307,8 +306,6 @@ struct Entry {
     #[serde(default)]
     size: u64,
     lfs: Option<Lfs>,
-    #[serde(rename = "xetHash")]
-    xet_hash: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -327,7 +324,7 @@ impl Entry {
             Some(lfs) => (Hash::sha256(&lfs.oid)?, lfs.size),
             None => (Hash::git(&self.oid)?, self.size),
         };
-        Some(Listed { path: self.path, bytes, hash, xet: self.xet_hash.is_some() })
+        Some(Listed { path: self.path, bytes, hash })
     }
 }
 
@@ -455,7 +452,7 @@ mod tests {
         assert!(entry(r#"{"type": "directory", "path": "x", "oid": "0"}"#).is_none());
         let oid = "0123456789abcdef0123456789abcdef01234567";
         let plain = entry(&format!(r#"{{"type": "file", "path": "x", "oid": "{oid}", "size": 1}}"#)).unwrap();
-        assert_eq!((plain.bytes, plain.xet), (1, false));
+        assert_eq!(plain.bytes, 1);
         let upward = format!(
             r#"{{"type": "file", "path": "x", "oid": "{oid}", "size": 9, "lfs": {{"oid": "../{}", "size": 1}}}}"#,
             "0".repeat(61)
