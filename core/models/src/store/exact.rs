@@ -9,9 +9,8 @@ use std::{
 use mesh_core::{ProgressSink, WeightFormat};
 use sha2::{Digest, Sha256};
 
-use super::{Artifact, Store, Want, kept_as, make};
+use super::{Artifact, Store, Want, make};
 use crate::{
-    catalog,
     error::FetchError,
     import, local,
     reference::Reference,
@@ -38,12 +37,12 @@ impl Store {
     pub async fn exact(&self, reference: &str, progress: &ProgressSink) -> Result<Exact, FetchError> {
         let (name, file, made) = match Reference::parse(reference, Path::exists)? {
             Reference::Name(name) => {
-                let entry = catalog::find(&name)?;
+                let entry = self.catalog.find(&name)?;
                 if entry.format != WeightFormat::Gguf {
                     let (has, wanted) = (Some(entry.format), Some(WeightFormat::Gguf));
                     return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
                 }
-                (entry.name.clone(), self.gguf(entry, progress).await?, kept_as(entry))
+                (entry.name.clone(), self.gguf(entry, progress).await?, self.kept_as(entry))
             }
             _ => {
                 let artifact = self.locate(reference, Want::Gguf, progress).await?;
