@@ -1,6 +1,6 @@
 //! Models known by name.
 
-use std::sync::OnceLock;
+use std::{fmt, sync::OnceLock};
 
 use mesh_core::WeightFormat;
 use serde::{Deserialize, Serialize};
@@ -19,17 +19,29 @@ pub struct Entry {
     /// What users type; compared without regard to case.
     pub name: String,
     /// A line about it.
+    #[serde(default)]
     pub about: String,
+    /// How many parameters it has, all in all.
+    pub parameters: Option<u64>,
+    /// How many of them compute one token, where that is not all of them.
+    pub active_parameters: Option<u64>,
+    /// Its context in tokens: `max_position_embeddings`, or what its card claims.
+    pub context: Option<u32>,
+    /// Its licence as the hub tags it: an SPDX id, or the licence's own name.
+    pub licence: Option<String>,
+    /// What it was trained for and is served here.
+    #[serde(default)]
+    pub capabilities: Vec<Capability>,
     /// `org/repo` on the hub.
     pub repo: String,
     /// How its weights are stored.
     #[serde(deserialize_with = "format")]
     pub format: WeightFormat,
-    /// The GGUF file in the repository.
+    /// The GGUF file in the repository; of one in several parts, the first.
     pub file: Option<String>,
-    /// The GGUF file's size in bytes. Without it and the hash, the hub's own are what is checked.
+    /// Size of all weight files in bytes: exact where there is a SHA-256, else as the hub's page rounds it.
     pub bytes: Option<u64>,
-    /// The GGUF file's SHA-256 in lower-case hexadecimal.
+    /// The GGUF file's SHA-256 in lower-case hexadecimal. Without one, what the hub says of the file has to do.
     pub sha256: Option<String>,
     /// True if the GGUF may be imported into an MLX directory.
     #[serde(default)]
@@ -38,23 +50,28 @@ pub struct Entry {
     pub unpack: Option<Floats>,
     /// Where else the GGUF can be had.
     pub mirror: Option<Mirror>,
-    /// What its publisher allows, as SPDX or the hub spells it.
-    pub licence: Option<String>,
-    /// The longest context it was made for, in tokens.
-    pub context_tokens: Option<u32>,
-    /// What it can do besides answering.
-    #[serde(default)]
-    pub capabilities: Vec<Capability>,
 }
 
-/// What a model can do besides answering.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+/// What a model can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Capability {
-    /// It calls tools.
+    /// Conversations.
+    Chat,
+    /// Calls of functions.
     Tools,
-    /// It thinks before it answers.
+    /// Reasoning before the answer.
     Reasoning,
+}
+
+impl fmt::Display for Capability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Chat => "chat",
+            Self::Tools => "tools",
+            Self::Reasoning => "reasoning",
+        })
+    }
 }
 
 /// A Python package that carries a model file.
@@ -109,26 +126,29 @@ impl Entry {
             Ok(Reference::Hub(hub)) if hub.repo == self.repo => {}
             _ => return wrong("`repo` has to be org/name"),
         }
-        let hash = |text: &String| text.len() == 64 && text.bytes().all(|c| b"0123456789abcdef".contains(&c));
-        let gguf = self.format == WeightFormat::Gguf;
-        let weights = (&self.file, self.bytes, &self.sha256);
-        match weights {
-            (Some(file), ..) if gguf && !(plain_relative(file) && file.ends_with(".gguf")) => {
+        if [self.parameters, self.active_parameters, self.bytes].contains(&Some(0)) || self.context == Some(0) {
+            return wrong("`parameters`, `active_parameters`, `context` and `bytes` have to be 1 or more");
+        }
+        if self.active_parameters.is_some_and(|active| self.parameters.is_none_or(|all| active > all)) {
+            return wrong("`active_parameters` are a part of `parameters`");
+        }
+        let own = self.import || self.unpack.is_some() || self.mirror.is_some();
+        match (self.format, &self.file, &self.sha256) {
+            (WeightFormat::Gguf, None, _) => return wrong("a GGUF entry has a `file`"),
+            (WeightFormat::Gguf, Some(file), _) if !plain_relative(file) || !file.ends_with(".gguf") => {
                 return wrong("`file` has to be a .gguf file of the repository");
             }
-            (_, _, Some(sha256)) if gguf && !hash(sha256) => {
+            (WeightFormat::Gguf, _, Some(hash)) if !is_sha256(hash) => {
                 return wrong("`sha256` has to be 64 digits of lower-case hexadecimal");
             }
-            (Some(_), Some(1..), Some(_)) | (Some(_), None, None) if gguf => {}
-            (None, None, None) if !gguf => {}
-            _ if gguf => return wrong("a GGUF entry has `file`, and either both `bytes` and `sha256` or neither"),
-            _ => return wrong("only a GGUF entry has `file`, `bytes` and `sha256`"),
-        }
-        if self.sha256.is_none() && (self.import || self.unpack.is_some() || self.mirror.is_some()) && gguf {
-            return wrong("with `import`, `unpack` or `mirror` it needs `bytes` and `sha256`");
-        }
-        if !gguf && (self.import || self.unpack.is_some() || self.mirror.is_some()) {
-            return wrong("only a GGUF entry has `import`, `unpack` and `mirror`");
+            (WeightFormat::Gguf, _, Some(_)) if self.bytes.is_none() => {
+                return wrong("with `sha256` it has to have the exact `bytes`");
+            }
+            // What is made of a file, or is to be the same from elsewhere, is told from others by its hash.
+            (WeightFormat::Gguf, _, None) if own => return wrong("`import`, `unpack` and `mirror` need `sha256`"),
+            (WeightFormat::Gguf, ..) => {}
+            (_, None, None) if !own => {}
+            _ => return wrong("only a GGUF entry has `file`, `sha256`, `import`, `unpack` and `mirror`"),
         }
         match &self.mirror {
             // pip would take an option for one.
@@ -139,6 +159,10 @@ impl Entry {
             _ => Ok(()),
         }
     }
+}
+
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|digit| b"0123456789abcdef".contains(&digit))
 }
 
 /// What is wrong with a user's own entries, if anything is.
@@ -155,22 +179,36 @@ pub fn check(own: &[Entry]) -> Result<(), String> {
 /// The models that have names: the user's own, and the built-in ones.
 #[derive(Clone, Debug)]
 pub(crate) struct Catalog {
+    /// The user's own first.
     entries: Vec<Entry>,
+    /// How many are the user's own.
+    own: usize,
 }
 
 impl Default for Catalog {
     fn default() -> Self {
-        Self { entries: entries().to_vec() }
+        Self::built_in()
     }
 }
 
 impl Catalog {
+    /// The built-in entries alone.
+    pub fn built_in() -> Self {
+        Self { entries: entries().to_vec(), own: 0 }
+    }
+
     /// The user's own entries hide built-in ones of the same name.
     pub fn with(own: Vec<Entry>) -> Result<Self, String> {
         check(&own)?;
         let hidden = |entry: &&Entry| own.iter().any(|other| other.name.eq_ignore_ascii_case(&entry.name));
         let built_in: Vec<Entry> = entries().iter().filter(|entry| !hidden(entry)).cloned().collect();
-        Ok(Self { entries: own.into_iter().chain(built_in).collect() })
+        let count = own.len();
+        Ok(Self { entries: own.into_iter().chain(built_in).collect(), own: count })
+    }
+
+    /// Whether the entry of that name is the user's own.
+    pub fn is_own(&self, name: &str) -> bool {
+        self.entries[..self.own].iter().any(|entry| entry.name == name)
     }
 
     /// Every entry, the user's own first.
@@ -218,15 +256,33 @@ mod tests {
         let names: BTreeSet<_> = all.iter().map(|entry| entry.name.to_lowercase()).collect();
         assert_eq!(names.len(), all.len(), "a name is there twice");
         for entry in &all {
+            let name = &entry.name;
             entry.check().unwrap();
-            assert!(
-                !entry.about.is_empty() && entry.licence.is_some() && entry.context_tokens.is_some(),
-                "{}",
-                entry.name
-            );
+            assert!(!entry.about.is_empty() && entry.context.is_some(), "{name}");
+            assert!(entry.licence.as_ref().is_some_and(|licence| !licence.trim().is_empty()), "{name}");
+            let sorted = entry.capabilities.windows(2).all(|pair| pair[0] < pair[1]);
+            assert!(sorted && entry.capabilities.first() == Some(&Capability::Chat), "{name}");
+            // From 2 bits a parameter to 32 and what comes with them: a slip of a digit is outside.
+            let (bytes, parameters) = (entry.bytes.unwrap() as f64, entry.parameters.unwrap() as f64);
+            assert!((0.25..=4.5).contains(&(bytes / parameters)), "{name}: {bytes} bytes, {parameters} parameters");
+            let ending = if entry.format == WeightFormat::Gguf { "-gguf" } else { "-mlx" };
+            assert!(entry.sha256.is_some() || name.to_lowercase().ends_with(ending), "{name}");
         }
         let default = find(DEFAULT_MODEL).unwrap();
         assert_eq!((default.import, default.unpack), (true, Some(Floats::F16)));
+    }
+
+    #[test]
+    fn entries_of_one_model_agree_on_it() {
+        for entry in entries() {
+            let Some(base) = entry.name.strip_suffix("-MLX") else { continue };
+            let Ok(other) = find(&format!("{base}-GGUF")) else { continue };
+            let facts = |entry: &Entry| {
+                let counts = (entry.parameters, entry.active_parameters, entry.context);
+                (counts, entry.licence.clone(), entry.capabilities.clone())
+            };
+            assert_eq!(facts(entry), facts(&other), "{base}");
+        }
     }
 
     #[test]
@@ -270,6 +326,7 @@ mod tests {
         assert_eq!(catalog.find("mine").unwrap().repo, "o/r");
         assert_eq!(catalog.find("Qwen3-4B-MLX").unwrap().repo, "o/r", "hides the built-in one");
         assert_eq!(catalog.entries().len(), entries().len() + 1);
+        assert!(catalog.is_own("Mine") && catalog.is_own("qwen3-4b-mlx") && !catalog.is_own("Qwen3-8B-MLX"));
         assert_eq!(catalog.search("MINE o/r").count(), 2);
         assert!(catalog.search("qwen 0.6b").all(|entry| entry.name.contains("Qwen3-0.6B")));
         assert_eq!(catalog.search("no such model").count(), 0);
@@ -280,13 +337,21 @@ mod tests {
         };
         let whole = format!("file = \"x.gguf\"\nbytes = 1\nsha256 = \"{}\"\n", "0".repeat(64));
         own(&gguf(&whole)).unwrap();
-        own(&gguf("file = \"x.gguf\"\nlicence = \"mit\"\ncapabilities = [\"tools\"]")).unwrap();
+        own(&gguf("file = \"parts/x-00001-of-00002.gguf\"\n")).unwrap();
+        let facts =
+            "parameters = 8\nactive_parameters = 2\ncontext = 4\nlicence = \"mit\"\ncapabilities = [\"tools\"]\n";
+        let told = own(&entry("m", facts)).unwrap();
+        let told = told.find("m").unwrap();
+        assert_eq!((told.parameters, told.capabilities[0].to_string().as_str()), (Some(8), "tools"));
+        assert!(refused(entry("m", "capabilities = [\"vision\"]")).contains("unknown variant `vision`"));
         for (text, said) in [
             (entry("a/b", ""), "read as something else"),
-            (entry("m", "import = true"), "only a GGUF entry has `import`"),
-            (gguf(""), "a GGUF entry has `file`"),
-            (gguf("file = \"x.gguf\"\nbytes = 1"), "either both"),
-            (gguf("file = \"x.gguf\"\nimport = true"), "it needs `bytes` and `sha256`"),
+            (entry("m", "import = true"), "only a GGUF entry has `file`"),
+            (entry("m", "bytes = 0"), "have to be 1 or more"),
+            (entry("m", "parameters = 1\nactive_parameters = 2"), "a part of `parameters`"),
+            (gguf(""), "a GGUF entry has a `file`"),
+            (gguf("file = \"x.gguf\"\nimport = true"), "need `sha256`"),
+            (gguf(&whole.replace("bytes = 1\n", "")), "the exact `bytes`"),
             (gguf(&whole.replace("x.gguf", "../x.gguf")), "`file` has to be"),
             (gguf(&whole.replace("0000", "000g")), "`sha256` has to be"),
             (

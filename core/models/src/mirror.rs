@@ -189,6 +189,11 @@ mod tests {
         let entry = Entry {
             name: "M".into(),
             about: "m".into(),
+            parameters: None,
+            active_parameters: None,
+            context: None,
+            licence: None,
+            capabilities: Vec::new(),
             repo: "o/r".into(),
             format: WeightFormat::Gguf,
             file: Some("model.gguf".into()),

@@ -68,6 +68,8 @@ pub struct Artifact {
 /// Where a listed model comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
+    /// The user's own entries in the catalog.
+    Configured,
     /// The built-in catalog.
     Catalog,
     /// A GGUF that was imported into an MLX directory.
@@ -91,6 +93,8 @@ pub struct Listed {
     pub weight_bytes: Option<u64>,
     /// A line about it.
     pub about: String,
+    /// What the catalog says of it, if it is an entry.
+    pub entry: Option<Entry>,
 }
 
 /// Models on disk and ways to get them there.
@@ -146,9 +150,13 @@ impl Store {
         }
     }
 
-    /// Catalog entries, imported directories and hub repositories on disk, in that order, each sorted by name.
+    /// The user's own catalog entries, the built-in ones, imported directories and hub repositories on disk, in that
+    /// order, each sorted by name.
     pub fn list(&self) -> Result<Vec<Listed>, FetchError> {
         let mut listed: Vec<Listed> = self.catalog.entries().iter().map(|entry| self.list_entry(entry)).collect();
+        let entries = self.catalog.entries().iter().zip(&listed);
+        let held: Vec<&str> =
+            entries.filter(|(_, listed)| listed.root.is_some()).map(|(entry, _)| entry.repo.as_str()).collect();
         for root in subdirectories(&self.cache.join(IMPORTS)) {
             if let Ok(artifact) = local::locate(&root, &root.to_string_lossy(), Want::Safetensors) {
                 listed.push(Listed {
@@ -158,10 +166,12 @@ impl Store {
                     weight_bytes: size(&artifact),
                     root: Some(artifact.root),
                     about: "imported from a GGUF".into(),
+                    entry: None,
                 });
             }
         }
-        let named = |repo: &str| self.catalog.entries().iter().any(|entry| entry.repo == repo);
+        // One that holds other files than the entry's is listed as what it is.
+        let named = |repo: &str| held.contains(&repo);
         for (repo, root, format, bytes) in self.hub.repositories().into_iter().filter(|(repo, ..)| !named(repo)) {
             listed.push(Listed {
                 reference: repo,
@@ -170,6 +180,7 @@ impl Store {
                 root: Some(root),
                 weight_bytes: Some(bytes),
                 about: "in the hub's cache".into(),
+                entry: None,
             });
         }
         listed.sort_by(|a, b| (a.origin, &a.reference).cmp(&(b.origin, &b.reference)));
@@ -177,35 +188,37 @@ impl Store {
     }
 
     fn list_entry(&self, entry: &Entry) -> Listed {
-        let artifact = match entry.format {
-            WeightFormat::Gguf => {
-                let unpacked =
-                    entry.unpack.map(|floats| self.unpacked_path(entry, floats)).filter(|file| file.is_file());
-                unpacked.or_else(|| self.gguf_on_disk(entry)).map(|file| gguf_artifact(&entry.name, file))
-            }
-            WeightFormat::Safetensors => {
-                let hub = hub_ref(entry);
-                self.hub.cached(asked(entry, &hub, Want::Safetensors), Completeness::Weights).and_then(Result::ok)
-            }
+        let artifact = if is_of_hub(entry) {
+            let hub = hub_ref(entry);
+            self.hub.cached(asked(entry, &hub, own_want(entry)), Completeness::Weights).and_then(Result::ok)
+        } else {
+            let unpacked = entry.unpack.map(|floats| self.unpacked_path(entry, floats)).filter(|file| file.is_file());
+            unpacked.or_else(|| self.gguf_on_disk(entry)).map(|file| gguf_artifact(&entry.name, file))
         };
         Listed {
             reference: entry.name.clone(),
-            origin: Origin::Catalog,
+            origin: if self.catalog.is_own(&entry.name) { Origin::Configured } else { Origin::Catalog },
             format: entry.format,
             weight_bytes: artifact.as_ref().and_then(size).or(entry.bytes),
             root: artifact.map(|artifact| artifact.root),
             about: entry.about.clone(),
+            entry: Some(entry.clone()),
         }
     }
 
     async fn entry(&self, entry: &Entry, want: Want, progress: &ProgressSink) -> Result<Artifact, FetchError> {
-        if entry.format == WeightFormat::Safetensors {
-            if want == Want::Gguf {
-                let (has, wanted) = (Some(entry.format), Some(WeightFormat::Gguf));
+        if is_of_hub(entry) {
+            let wanted = match want {
+                Want::Any => entry.format,
+                Want::Gguf => WeightFormat::Gguf,
+                Want::Safetensors => WeightFormat::Safetensors,
+            };
+            if wanted != entry.format {
+                let (has, wanted) = (Some(entry.format), Some(wanted));
                 return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
             }
             let hub = hub_ref(entry);
-            return self.hub.locate(asked(entry, &hub, Want::Safetensors), self.offline, progress).await;
+            return self.hub.locate(asked(entry, &hub, own_want(entry)), self.offline, progress).await;
         }
         if want != Want::Safetensors {
             let file = match entry.unpack {
@@ -345,6 +358,20 @@ async fn make<T: Send + 'static>(
         Ok(Ok(_) | Err(ImportError::Exists { .. })) => Ok(()),
         Ok(Err(error)) => Err(error.into()),
         Err(error) => Err(FetchError::Download { what: name.to_owned(), why: error.to_string() }),
+    }
+}
+
+/// Whether an entry is nothing but a name for something on the hub. A hash of its own says that it is more: a file that
+/// may come from elsewhere, and that others are made of.
+fn is_of_hub(entry: &Entry) -> bool {
+    entry.sha256.is_none()
+}
+
+/// The weights that an entry has.
+fn own_want(entry: &Entry) -> Want {
+    match entry.format {
+        WeightFormat::Gguf => Want::Gguf,
+        WeightFormat::Safetensors => Want::Safetensors,
     }
 }
 

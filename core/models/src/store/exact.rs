@@ -6,7 +6,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use mesh_core::{ProgressSink, WeightFormat};
+use mesh_core::ProgressSink;
 use sha2::{Digest, Sha256};
 
 use super::{Artifact, Store, Want, make};
@@ -36,12 +36,9 @@ impl Store {
     /// or unpacked.
     pub async fn exact(&self, reference: &str, progress: &ProgressSink) -> Result<Exact, FetchError> {
         let (name, file, made) = match Reference::parse(reference, Path::exists)? {
-            Reference::Name(name) => {
+            // What an entry is unpacked into is not what is asked for here.
+            Reference::Name(name) if self.catalog.find(&name)?.sha256.is_some() => {
                 let entry = self.catalog.find(&name)?;
-                if entry.format != WeightFormat::Gguf {
-                    let (has, wanted) = (Some(entry.format), Some(WeightFormat::Gguf));
-                    return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
-                }
                 (entry.name.clone(), self.gguf(entry, progress).await?, self.kept_as(entry))
             }
             _ => {

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use mesh_core::{ProgressSink, WeightFormat};
+use mesh_core::ProgressSink;
 
 use super::{Checked, Entry, Found, Freed, IMPORTS, MODELS, Store, Want, asked, hub_ref};
 use crate::{
@@ -72,7 +72,7 @@ impl Store {
             Err(FetchError::NotCached { .. } | FetchError::NotFound { .. }) => {}
             Err(error) => return Err(error),
         }
-        if entry.format == WeightFormat::Gguf {
+        if entry.sha256.is_some() {
             let (name, stamp) = self.kept_as(entry);
             freed.remove(&self.cache.join(MODELS).join(&name), format!("{MODELS}/{name}"))?;
             let made = format!("{name}-{stamp}-");

@@ -31,6 +31,11 @@ fn entry(content: &[u8]) -> Entry {
     Entry {
         name: "Tiny".into(),
         about: "tiny".into(),
+        parameters: None,
+        active_parameters: None,
+        context: None,
+        licence: None,
+        capabilities: Vec::new(),
         repo: "o/r".into(),
         format: WeightFormat::Gguf,
         file: Some("tiny.gguf".into()),
@@ -133,6 +138,36 @@ async fn an_entry_that_asks_for_it_is_unpacked_once_and_still_imported() {
     assert_eq!(offline.entry(&entry, Want::Gguf, &silent).await.unwrap(), artifact);
     assert_eq!(fs::metadata(&artifact.weights[0]).unwrap().modified().unwrap(), made);
     assert!(matches!(offline.entry(&plain, Want::Gguf, &silent).await, Err(FetchError::Offline { .. })));
+}
+
+#[tokio::test]
+async fn an_entry_without_a_hash_is_what_the_hub_has_in_all_its_parts() {
+    let content = tiny_llama("gpt-2").finish();
+    let parts = ["q/tiny-00001-of-00002.gguf", "q/tiny-00002-of-00002.gguf"];
+    let house = house(&[(parts[0], &content), (parts[1], &content)], false);
+    let (whole, silent) = (entry(&content), ProgressSink::silent());
+    let entry = Entry { file: Some(parts[0].into()), bytes: None, sha256: None, import: false, ..whole };
+    let artifact = house.store.entry(&entry, Want::Any, &silent).await.unwrap();
+    assert_eq!((artifact.name.as_str(), artifact.format, artifact.weights.len()), ("Tiny", WeightFormat::Gguf, 2));
+    let error = house.store.entry(&entry, Want::Safetensors, &silent).await.unwrap_err();
+    assert_eq!(error.to_string(), "Tiny has no safetensors weights, only GGUF");
+    assert_eq!(error.hint().unwrap(), "run: mesh-llm --model Tiny --gguf");
+
+    // Offline it is still there, and listed as the user's own rather than once more as a repository.
+    let catalog = Catalog::with(vec![entry.clone()]).unwrap();
+    let offline = Store { offline: true, catalog, ..house.store };
+    assert_eq!(offline.entry(&entry, Want::Gguf, &silent).await.unwrap(), artifact);
+    let listed = offline.list().unwrap();
+    assert_eq!((listed[0].reference.as_str(), listed[0].origin), ("Tiny", Origin::Configured));
+    let bytes = 2 * content.len() as u64;
+    assert_eq!((listed[0].root.as_ref(), listed[0].weight_bytes), (Some(&artifact.root), Some(bytes)));
+    assert!(listed[1..].iter().all(|other| other.origin == Origin::Catalog), "{listed:?}");
+
+    // Another file of its repository is another model.
+    let other = Entry { file: Some("q/other.gguf".into()), ..entry };
+    let store = Store { catalog: Catalog::with(vec![other]).unwrap(), ..offline };
+    let listed = store.list().unwrap();
+    assert_eq!((listed[0].root.as_ref(), listed.last().unwrap().origin), (None, Origin::Hub));
 }
 
 #[test]
