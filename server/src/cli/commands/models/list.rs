@@ -3,7 +3,7 @@
 use mesh_models::{Listed, Origin};
 use serde_json::{Value, json};
 
-use super::print;
+use super::{facts, print};
 use crate::cli::{
     failure::Failure,
     output::{Output, bytes},
@@ -29,6 +29,7 @@ pub fn run(setting: &Setting, json: bool, output: &Output) -> Result<(), Failure
 
 fn origin(origin: Origin) -> &'static str {
     match origin {
+        Origin::Configured => "config",
         Origin::Catalog => "catalog",
         Origin::Imported => "imported",
         Origin::Hub => "hub",
@@ -43,5 +44,6 @@ fn as_json(model: &Listed) -> Value {
         "weight_bytes": model.weight_bytes,
         "path": model.root,
         "about": model.about,
+        "entry": model.entry.as_ref().map(facts),
     })
 }

@@ -8,8 +8,8 @@ mod search;
 mod verify;
 
 use comfy_table::{Table, presets};
-use mesh_models::Freed;
-use serde_json::json;
+use mesh_models::{Freed, catalog::Entry};
+use serde_json::{Value, json};
 
 use crate::cli::{
     args::{ModelsArgs, ModelsCommand},
@@ -39,6 +39,20 @@ fn print(rows: impl IntoIterator<Item = Vec<String>>, header: &[&str], output: &
     for line in table.to_string().lines() {
         output.line(line.trim_end());
     }
+}
+
+/// What the catalog says of a model, for programs.
+fn facts(entry: &Entry) -> Value {
+    let capabilities: Vec<String> = entry.capabilities.iter().map(ToString::to_string).collect();
+    json!({
+        "repo": entry.repo,
+        "file": entry.file,
+        "parameters": entry.parameters,
+        "active_parameters": entry.active_parameters,
+        "context_tokens": entry.context,
+        "licence": entry.licence,
+        "capabilities": capabilities,
+    })
 }
 
 /// What was removed, and how much room that makes.

@@ -3,7 +3,7 @@
 use mesh_models::Finds;
 use serde_json::{Value, json};
 
-use super::print;
+use super::{facts, print};
 use crate::cli::{
     failure::{Exit, Failure},
     output::Output,
@@ -18,17 +18,9 @@ pub async fn run(setting: &Setting, words: &str, json: bool, output: &Output) ->
     if json {
         let catalog: Vec<Value> = catalog
             .iter()
-            .map(|entry| {
-                json!({
-                    "model": entry.name,
-                    "repo": entry.repo,
-                    "format": entry.format.to_string(),
-                    "about": entry.about,
-                    "licence": entry.licence,
-                    "context_tokens": entry.context_tokens,
-                    "capabilities": entry.capabilities,
-                })
-            })
+            .map(
+                |entry| json!({ "model": entry.name, "repo": entry.repo, "format": entry.format.to_string(), "about": entry.about, "entry": facts(entry) }),
+            )
             .collect();
         let hub: Vec<Value> = hub
             .iter()
