@@ -16,9 +16,9 @@ fn models_are_searched_for_in_the_catalog_and_on_the_hub() {
     let found = home.json("mesh-llm models search qwen3 0.6b --json");
     let names: Vec<&str> =
         found["catalog"].as_array().unwrap().iter().map(|one| one["model"].as_str().unwrap()).collect();
-    assert_eq!(names, ["Qwen3-0.6B-MLX", "JOSIE-IT1-Qwen3-0.6B-MLX", "Qwen3-0.6B-GGUF"]);
-    let first = &found["catalog"][0];
-    assert_eq!((&first["licence"], &first["capabilities"]), (&json!("apache-2.0"), &json!(["tools", "reasoning"])));
+    assert_eq!(names, ["Qwen3-0.6B-MLX", "Qwen3-0.6B-GGUF", "JOSIE-IT1-Qwen3-0.6B-MLX"]);
+    let facts = &found["catalog"][1]["entry"];
+    assert_eq!((&facts["licence"], &facts["capabilities"][2]), (&json!("apache-2.0"), &json!("reasoning")));
     assert_eq!(found["hub"], json!([{ "model": "org/Qwen3-0.6B-GGUF", "downloads": 7, "tags": ["text-generation"] }]));
     insta::assert_snapshot!(home.done("mesh-llm models search qwen3 0.6b"));
     // Without the network the catalog is enough.
@@ -37,7 +37,7 @@ fn the_users_own_entries_are_models_like_others() {
     home.done("mesh-llm models download Mine");
     let listed = home.json("mesh-llm models list --json");
     let mine = listed["models"].as_array().unwrap().iter().find(|model| model["model"] == "Mine").unwrap().clone();
-    assert_eq!((&mine["from"], &mine["weight_bytes"]), (&json!("catalog"), &json!(7)));
+    assert_eq!((&mine["from"], &mine["weight_bytes"]), (&json!("config"), &json!(7)));
     assert!(home.refusal("mesh-llm models download Mien").contains("did you mean Mine?"));
     home.done("mesh-llm models remove Mine");
     assert!(!home.cached("org/own").exists());
