@@ -202,9 +202,6 @@ mod tests {
             import: false,
             unpack: None,
             mirror: Some(mirror.clone()),
-            licence: None,
-            context_tokens: None,
-            capabilities: Vec::new(),
         };
         (entry, mirror)
     }

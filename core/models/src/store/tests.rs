@@ -44,9 +44,6 @@ fn entry(content: &[u8]) -> Entry {
         import: true,
         unpack: None,
         mirror: None,
-        licence: None,
-        context_tokens: None,
-        capabilities: Vec::new(),
     }
 }
 
