@@ -328,11 +328,11 @@ async fn an_entry_without_a_hash_is_checked_by_the_hubs() {
 async fn searches_find_names_without_a_network() {
     let mut house = house(&[("tiny.gguf", b"GGUF")], true);
     let names = |finds: Finds| finds.catalog.iter().map(|entry| entry.name.clone()).collect::<Vec<_>>();
-    let found = house.store.search("lfm2 350m").await.unwrap();
+    let found = house.store.search("lfm2 350m mlx").await.unwrap();
     assert_eq!((names(found.clone()), found.hub.len()), (vec!["LFM2-350M-MLX".to_owned()], 0));
     house.store.offline = false;
     assert_eq!(house.store.search("o/r").await.unwrap().hub.len(), 1);
     house.store.hub = Hub::at("http://127.0.0.1:9", &house.root.path().join("hub")).unwrap();
-    assert_eq!(names(house.store.search("lfm2 350m").await.unwrap()).len(), 1, "the catalog is enough");
+    assert_eq!(names(house.store.search("lfm2 350m mlx").await.unwrap()).len(), 1, "the catalog is enough");
     assert!(matches!(house.store.search("o/r").await, Err(FetchError::Unreachable { .. })));
 }
