@@ -26,7 +26,8 @@ pub fn understood(files: &[(&str, &[u8])]) -> Option<ModelProfile> {
     // Made once: a store has an HTTP client, which takes longer to make than any model to understand.
     static STORE: OnceLock<(Store, tokio::runtime::Runtime)> = OnceLock::new();
     let (store, runtime) = STORE.get_or_init(|| {
-        let store = Store::new(StoreOptions { cache: Some(root.join("cache")), offline: true });
+        let store =
+            Store::new(StoreOptions { cache: Some(root.join("cache")), offline: true, ..StoreOptions::default() });
         (store.expect("a store"), tokio::runtime::Builder::new_current_thread().build().expect("a runtime"))
     });
     let found = runtime.block_on(store.locate(root.to_str().expect("a name"), Want::Any, &ProgressSink::silent()));

@@ -107,6 +107,7 @@ def main():
     parser.add_argument("--binary", default="target/release/mesh-llm")
     parser.add_argument("--gguf-file")
     parser.add_argument("--mlx-file")
+    parser.add_argument("--backend", choices=["llama-server", "mlx"], help="only this one")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     python, packages = environment(), node()
@@ -117,6 +118,8 @@ def main():
         runs["mlx"] = (arguments.mlx_file, ["--mlx-file", arguments.mlx_file])
     default = ["--model", "SmolLM2-135M-Instruct"]
     runs = runs or {"llama-server": (None, [*default, "--gguf"]), "mlx": (None, [*default, "--mlx"])}
+    if arguments.backend:
+        runs = {arguments.backend: runs[arguments.backend]}
     known = tomllib.loads((HERE / "known.toml").read_text())
     bad = False
     for backend, (model, flags) in runs.items():

@@ -2,5 +2,6 @@
 //! themselves are in `tests/`.
 
 pub mod engine;
+pub mod hub;
 pub mod schemas;
 pub mod shared;

@@ -25,6 +25,11 @@ pub enum Stage {
         /// What is converted.
         what: String,
     },
+    /// Files are being hashed; `done` and `total` count bytes.
+    Check {
+        /// What is checked.
+        what: String,
+    },
     /// Weights are being read; `done` and `total` count bytes where known.
     Load {
         /// The model's name.

@@ -25,7 +25,7 @@ async fn main() {
 }
 
 async fn show(reference: &str, want: Want, offline: bool) -> Result<(), FetchError> {
-    let store = Store::new(StoreOptions { cache: None, offline })?;
+    let store = Store::new(StoreOptions { offline, ..StoreOptions::default() })?;
     let progress =
         ProgressSink::new(|progress| eprint!("\r{:?} {} of {:?}  ", progress.stage, progress.done, progress.total));
     let artifact = store.locate(reference, want, &progress).await?;

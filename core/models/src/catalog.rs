@@ -1,11 +1,16 @@
 //! Models known by name.
 
-use std::sync::OnceLock;
+use std::{fmt, sync::OnceLock};
 
 use mesh_core::WeightFormat;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::{error::FetchError, unpack::Floats};
+use crate::{
+    error::FetchError,
+    near::near,
+    reference::{Reference, plain_relative},
+    unpack::Floats,
+};
 
 /// One model of the catalog.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -14,17 +19,29 @@ pub struct Entry {
     /// What users type; compared without regard to case.
     pub name: String,
     /// A line about it.
+    #[serde(default)]
     pub about: String,
+    /// How many parameters it has, all in all.
+    pub parameters: Option<u64>,
+    /// How many of them compute one token, where that is not all of them.
+    pub active_parameters: Option<u64>,
+    /// Its context in tokens: `max_position_embeddings`, or what its card claims.
+    pub context: Option<u32>,
+    /// Its licence as the hub tags it: an SPDX id, or the licence's own name.
+    pub licence: Option<String>,
+    /// What it was trained for and is served here.
+    #[serde(default)]
+    pub capabilities: Vec<Capability>,
     /// `org/repo` on the hub.
     pub repo: String,
     /// How its weights are stored.
     #[serde(deserialize_with = "format")]
     pub format: WeightFormat,
-    /// The GGUF file in the repository.
+    /// The GGUF file in the repository; of one in several parts, the first.
     pub file: Option<String>,
-    /// The GGUF file's size in bytes.
+    /// Size of all weight files in bytes: exact where there is a SHA-256, else as the hub's page rounds it.
     pub bytes: Option<u64>,
-    /// The GGUF file's SHA-256 in lower-case hexadecimal.
+    /// The GGUF file's SHA-256 in lower-case hexadecimal. Without one, what the hub says of the file has to do.
     pub sha256: Option<String>,
     /// True if the GGUF may be imported into an MLX directory.
     #[serde(default)]
@@ -33,6 +50,28 @@ pub struct Entry {
     pub unpack: Option<Floats>,
     /// Where else the GGUF can be had.
     pub mirror: Option<Mirror>,
+}
+
+/// What a model can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Capability {
+    /// Conversations.
+    Chat,
+    /// Calls of functions.
+    Tools,
+    /// Reasoning before the answer.
+    Reasoning,
+}
+
+impl fmt::Display for Capability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Chat => "chat",
+            Self::Tools => "tools",
+            Self::Reasoning => "reasoning",
+        })
+    }
 }
 
 /// A Python package that carries a model file.
@@ -75,31 +114,129 @@ pub fn entries() -> &'static [Entry] {
     ALL.get_or_init(|| parse(include_str!("../catalog.toml")).expect("the built-in catalog is valid"))
 }
 
-/// The name that an entry's file, and what is made of it, is kept under: that of the first entry with the same file.
-pub(crate) fn keeper(entry: &Entry) -> &str {
-    let same = |other: &&Entry| other.sha256.is_some() && other.sha256 == entry.sha256;
-    entries().iter().find(same).map_or(&entry.name, |first| &first.name)
+impl Entry {
+    /// What is wrong with an entry, if anything is: what it names becomes paths and addresses.
+    pub fn check(&self) -> Result<(), String> {
+        let name = &self.name;
+        let wrong = |what: &str| Err(format!("catalog entry `{name}`: {what}"));
+        if Reference::parse(name, |_| false).ok() != Some(Reference::Name(name.clone())) || name.contains([':', '@']) {
+            return wrong("its name would be read as something else");
+        }
+        match Reference::parse(&self.repo, |_| false) {
+            Ok(Reference::Hub(hub)) if hub.repo == self.repo => {}
+            _ => return wrong("`repo` has to be org/name"),
+        }
+        if [self.parameters, self.active_parameters, self.bytes].contains(&Some(0)) || self.context == Some(0) {
+            return wrong("`parameters`, `active_parameters`, `context` and `bytes` have to be 1 or more");
+        }
+        if self.active_parameters.is_some_and(|active| self.parameters.is_none_or(|all| active > all)) {
+            return wrong("`active_parameters` are a part of `parameters`");
+        }
+        let own = self.import || self.unpack.is_some() || self.mirror.is_some();
+        match (self.format, &self.file, &self.sha256) {
+            (WeightFormat::Gguf, None, _) => return wrong("a GGUF entry has a `file`"),
+            (WeightFormat::Gguf, Some(file), _) if !plain_relative(file) || !file.ends_with(".gguf") => {
+                return wrong("`file` has to be a .gguf file of the repository");
+            }
+            (WeightFormat::Gguf, _, Some(hash)) if !is_sha256(hash) => {
+                return wrong("`sha256` has to be 64 digits of lower-case hexadecimal");
+            }
+            (WeightFormat::Gguf, _, Some(_)) if self.bytes.is_none() => {
+                return wrong("with `sha256` it has to have the exact `bytes`");
+            }
+            // What is made of a file, or is to be the same from elsewhere, is told from others by its hash.
+            (WeightFormat::Gguf, _, None) if own => return wrong("`import`, `unpack` and `mirror` need `sha256`"),
+            (WeightFormat::Gguf, ..) => {}
+            (_, None, None) if !own => {}
+            _ => return wrong("only a GGUF entry has `file`, `sha256`, `import`, `unpack` and `mirror`"),
+        }
+        match &self.mirror {
+            // pip would take an option for one.
+            Some(mirror) if !mirror.package.contains("==") || mirror.package.starts_with('-') => {
+                wrong("the mirror's `package` has to be a name and its version, as in name==1.0")
+            }
+            Some(mirror) if !plain_relative(&mirror.member) => wrong("the mirror's `member` is no file of a wheel"),
+            _ => Ok(()),
+        }
+    }
 }
 
-/// The entry of that name, or an error with the names that resemble it.
-pub fn find(name: &str) -> Result<&'static Entry, FetchError> {
-    entries()
-        .iter()
-        .find(|entry| entry.name.eq_ignore_ascii_case(name))
-        .ok_or_else(|| FetchError::UnknownName { name: name.to_owned(), near: near(name) })
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|digit| b"0123456789abcdef".contains(&digit))
 }
 
-/// Up to three names that resemble `name`, best first.
-fn near(name: &str) -> Vec<String> {
-    const ENOUGH: f64 = 0.8;
-    let name = name.to_lowercase();
-    let mut scored: Vec<(f64, &str)> = entries()
-        .iter()
-        .map(|entry| (strsim::jaro_winkler(&name, &entry.name.to_lowercase()), entry.name.as_str()))
-        .filter(|(score, _)| *score >= ENOUGH)
-        .collect();
-    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
-    scored.into_iter().take(3).map(|(_, name)| name.to_owned()).collect()
+/// What is wrong with a user's own entries, if anything is.
+pub fn check(own: &[Entry]) -> Result<(), String> {
+    for (at, entry) in own.iter().enumerate() {
+        entry.check()?;
+        if own[..at].iter().any(|other| other.name.eq_ignore_ascii_case(&entry.name)) {
+            return Err(format!("two catalog entries are called `{}`", entry.name));
+        }
+    }
+    Ok(())
+}
+
+/// The models that have names: the user's own, and the built-in ones.
+#[derive(Clone, Debug)]
+pub(crate) struct Catalog {
+    /// The user's own first.
+    entries: Vec<Entry>,
+    /// How many are the user's own.
+    own: usize,
+}
+
+impl Default for Catalog {
+    fn default() -> Self {
+        Self::built_in()
+    }
+}
+
+impl Catalog {
+    /// The built-in entries alone.
+    pub fn built_in() -> Self {
+        Self { entries: entries().to_vec(), own: 0 }
+    }
+
+    /// The user's own entries hide built-in ones of the same name.
+    pub fn with(own: Vec<Entry>) -> Result<Self, String> {
+        check(&own)?;
+        let hidden = |entry: &&Entry| own.iter().any(|other| other.name.eq_ignore_ascii_case(&entry.name));
+        let built_in: Vec<Entry> = entries().iter().filter(|entry| !hidden(entry)).cloned().collect();
+        let count = own.len();
+        Ok(Self { entries: own.into_iter().chain(built_in).collect(), own: count })
+    }
+
+    /// Whether the entry of that name is the user's own.
+    pub fn is_own(&self, name: &str) -> bool {
+        self.entries[..self.own].iter().any(|entry| entry.name == name)
+    }
+
+    /// Every entry, the user's own first.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The name that an entry's file, and what is made of it, is kept under: that of the first entry with the same file.
+    pub fn keeper<'a>(&'a self, entry: &'a Entry) -> &'a str {
+        let same = |other: &&Entry| other.sha256.is_some() && other.sha256 == entry.sha256;
+        self.entries.iter().find(same).map_or(&entry.name, |first| &first.name)
+    }
+
+    /// The entry of that name, or an error with the names that resemble it.
+    pub fn find(&self, name: &str) -> Result<&Entry, FetchError> {
+        let named = self.entries.iter().find(|entry| entry.name.eq_ignore_ascii_case(name));
+        let known = self.entries.iter().map(|entry| entry.name.as_str());
+        named.ok_or_else(|| FetchError::UnknownName { name: name.to_owned(), near: near(name, known) })
+    }
+
+    /// The entries whose name, description or repository holds every one of the words.
+    pub fn search<'a>(&'a self, words: &str) -> impl Iterator<Item = &'a Entry> {
+        let words: Vec<String> = words.split_whitespace().map(str::to_lowercase).collect();
+        self.entries.iter().filter(move |entry| {
+            let text = format!("{} {} {}", entry.name, entry.about, entry.repo).to_lowercase();
+            words.iter().all(|word| text.contains(word.as_str()))
+        })
+    }
 }
 
 #[cfg(test)]
@@ -107,10 +244,11 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::{
-        DEFAULT_MODEL,
-        reference::{Reference, plain_relative},
-    };
+    use crate::DEFAULT_MODEL;
+
+    fn find(name: &str) -> Result<Entry, FetchError> {
+        Catalog::default().find(name).cloned()
+    }
 
     #[test]
     fn the_catalog_keeps_its_schema() {
@@ -119,25 +257,32 @@ mod tests {
         assert_eq!(names.len(), all.len(), "a name is there twice");
         for entry in &all {
             let name = &entry.name;
-            assert_eq!(Reference::parse(name, |_| false).unwrap(), Reference::Name(name.clone()));
-            assert!(matches!(Reference::parse(&entry.repo, |_| false), Ok(Reference::Hub(_))), "{name}");
-            assert!(!entry.about.is_empty(), "{name}");
-            let gguf = entry.format == WeightFormat::Gguf;
-            assert_eq!(gguf, entry.file.is_some(), "{name}");
-            assert_eq!(gguf, entry.bytes.is_some_and(|bytes| bytes > 0), "{name}");
-            assert!(gguf || !(entry.import || entry.unpack.is_some() || entry.mirror.is_some()), "{name}");
-            assert!(entry.file.as_deref().is_none_or(plain_relative), "{name}");
-            if gguf {
-                let sha256 = entry.sha256.as_deref().unwrap_or_default();
-                assert!(sha256.len() == 64 && sha256.bytes().all(|c| b"0123456789abcdef".contains(&c)), "{name}");
-            }
-            if let Some(mirror) = &entry.mirror {
-                assert!(mirror.package.contains("=="), "{name}: the mirror's version has to be pinned");
-                assert!(plain_relative(&mirror.member), "{name}");
-            }
+            entry.check().unwrap();
+            assert!(!entry.about.is_empty() && entry.context.is_some(), "{name}");
+            assert!(entry.licence.as_ref().is_some_and(|licence| !licence.trim().is_empty()), "{name}");
+            let sorted = entry.capabilities.windows(2).all(|pair| pair[0] < pair[1]);
+            assert!(sorted && entry.capabilities.first() == Some(&Capability::Chat), "{name}");
+            // From 2 bits a parameter to 32 and what comes with them: a slip of a digit is outside.
+            let (bytes, parameters) = (entry.bytes.unwrap() as f64, entry.parameters.unwrap() as f64);
+            assert!((0.25..=4.5).contains(&(bytes / parameters)), "{name}: {bytes} bytes, {parameters} parameters");
+            let ending = if entry.format == WeightFormat::Gguf { "-gguf" } else { "-mlx" };
+            assert!(entry.sha256.is_some() || name.to_lowercase().ends_with(ending), "{name}");
         }
         let default = find(DEFAULT_MODEL).unwrap();
         assert_eq!((default.import, default.unpack), (true, Some(Floats::F16)));
+    }
+
+    #[test]
+    fn entries_of_one_model_agree_on_it() {
+        for entry in entries() {
+            let Some(base) = entry.name.strip_suffix("-MLX") else { continue };
+            let Ok(other) = find(&format!("{base}-GGUF")) else { continue };
+            let facts = |entry: &Entry| {
+                let counts = (entry.parameters, entry.active_parameters, entry.context);
+                (counts, entry.licence.clone(), entry.capabilities.clone())
+            };
+            assert_eq!(facts(entry), facts(&other), "{base}");
+        }
     }
 
     #[test]
@@ -145,11 +290,12 @@ mod tests {
         let default = find(DEFAULT_MODEL).unwrap();
         let plain = find("SmolLM2-135M-Instruct-Q4_1").unwrap();
         assert_eq!((plain.sha256.as_ref(), plain.unpack), (default.sha256.as_ref(), None));
-        assert_eq!((keeper(plain), keeper(default)), (DEFAULT_MODEL, DEFAULT_MODEL));
+        let catalog = Catalog::default();
+        assert_eq!((catalog.keeper(&plain), catalog.keeper(&default)), (DEFAULT_MODEL, DEFAULT_MODEL));
         for entry in entries().iter().filter(|entry| entry.sha256.is_some()) {
-            let first = find(keeper(entry)).unwrap();
+            let first = find(catalog.keeper(entry)).unwrap();
             let file = |entry: &Entry| (entry.repo.clone(), entry.file.clone(), entry.bytes, entry.import);
-            assert_eq!(file(entry), file(first), "{}", entry.name);
+            assert_eq!(file(entry), file(&first), "{}", entry.name);
         }
     }
 
@@ -168,5 +314,54 @@ mod tests {
         assert!(error.to_string().contains("did you mean Qwen3-4B-MLX"), "{error}");
         let FetchError::UnknownName { near, .. } = find("zzzz").unwrap_err() else { panic!() };
         assert!(near.is_empty());
+    }
+
+    #[test]
+    fn the_users_own_entries_come_first_and_are_checked() {
+        let own = |text: &str| parse(text).map_err(|error| error.to_string()).and_then(Catalog::with);
+        let entry = |name: &str, more: &str| {
+            format!("[[model]]\nname = \"{name}\"\nabout = \"mine\"\nrepo = \"o/r\"\nformat = \"safetensors\"\n{more}")
+        };
+        let catalog = own(&(entry("Mine", "") + &entry("qwen3-4b-mlx", ""))).unwrap();
+        assert_eq!(catalog.find("mine").unwrap().repo, "o/r");
+        assert_eq!(catalog.find("Qwen3-4B-MLX").unwrap().repo, "o/r", "hides the built-in one");
+        assert_eq!(catalog.entries().len(), entries().len() + 1);
+        assert!(catalog.is_own("Mine") && catalog.is_own("qwen3-4b-mlx") && !catalog.is_own("Qwen3-8B-MLX"));
+        assert_eq!(catalog.search("MINE o/r").count(), 2);
+        assert!(catalog.search("qwen 0.6b").all(|entry| entry.name.contains("Qwen3-0.6B")));
+        assert_eq!(catalog.search("no such model").count(), 0);
+        let refused = |text: String| own(&text).unwrap_err();
+        assert_eq!(refused(entry("Mine", "") + &entry("mine", "")), "two catalog entries are called `mine`");
+        let gguf = |more: &str| {
+            format!("[[model]]\nname = \"M\"\nabout = \"mine\"\nrepo = \"o/r\"\nformat = \"gguf\"\n{more}")
+        };
+        let whole = format!("file = \"x.gguf\"\nbytes = 1\nsha256 = \"{}\"\n", "0".repeat(64));
+        own(&gguf(&whole)).unwrap();
+        own(&gguf("file = \"parts/x-00001-of-00002.gguf\"\n")).unwrap();
+        let facts =
+            "parameters = 8\nactive_parameters = 2\ncontext = 4\nlicence = \"mit\"\ncapabilities = [\"tools\"]\n";
+        let told = own(&entry("m", facts)).unwrap();
+        let told = told.find("m").unwrap();
+        assert_eq!((told.parameters, told.capabilities[0].to_string().as_str()), (Some(8), "tools"));
+        assert!(refused(entry("m", "capabilities = [\"vision\"]")).contains("unknown variant `vision`"));
+        for (text, said) in [
+            (entry("a/b", ""), "read as something else"),
+            (entry("m", "import = true"), "only a GGUF entry has `file`"),
+            (entry("m", "bytes = 0"), "have to be 1 or more"),
+            (entry("m", "parameters = 1\nactive_parameters = 2"), "a part of `parameters`"),
+            (gguf(""), "a GGUF entry has a `file`"),
+            (gguf("file = \"x.gguf\"\nimport = true"), "need `sha256`"),
+            (gguf(&whole.replace("bytes = 1\n", "")), "the exact `bytes`"),
+            (gguf(&whole.replace("x.gguf", "../x.gguf")), "`file` has to be"),
+            (gguf(&whole.replace("0000", "000g")), "`sha256` has to be"),
+            (
+                gguf(&(whole.clone() + "mirror = { package = \"--index-url==x\", member = \"m\" }")),
+                "`package` has to be",
+            ),
+            (gguf(&(whole.clone() + "mirror = { package = \"p==1\", member = \"../m\" }")), "`member` is no file"),
+        ] {
+            let refusal = refused(text);
+            assert!(refusal.contains(said), "{refusal}");
+        }
     }
 }

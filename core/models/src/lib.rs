@@ -7,12 +7,14 @@
 
 pub mod catalog;
 mod choice;
+mod disk;
 pub mod error;
 pub mod gguf;
 mod hub;
 pub mod import;
 mod local;
 mod mirror;
+mod near;
 pub mod probe;
 pub mod reference;
 pub mod store;
@@ -20,10 +22,12 @@ pub mod store;
 mod testing;
 pub mod unpack;
 
-pub use error::{FetchError, ImportError};
+pub use choice::Room;
+pub use error::{FetchError, ImportError, Unread};
+pub use hub::{Checked, Found, Freed, Verdict};
 pub use import::{ImportReport, Imported, Manner, import_gguf, import_measured};
 pub use probe::probe;
-pub use store::{Artifact, Exact, Listed, Origin, Store, StoreOptions, Want};
+pub use store::{Artifact, Exact, Finds, Listed, Origin, Store, StoreOptions, Want};
 pub use unpack::{Floats, UnpackReport, unpack_gguf};
 
 /// Catalog name of the model that is served when none is named.

@@ -9,8 +9,10 @@ use std::{
 use mesh_core::{ProbeError, WeightFormat};
 
 use crate::{
-    choice::{self, Choice, INDEX},
+    choice::{self, Candidate, Choice, INDEX, Room, Wish},
     error::FetchError,
+    gguf::{Gguf, context::BEGINNING_BYTES},
+    hub::{self, snapshot_of, within},
     store::{Artifact, Want},
 };
 
@@ -21,12 +23,34 @@ const INDEX_BYTES_MAX: u64 = 48 << 20;
 
 /// The model at `path`, which the user spelled `reference`.
 pub(crate) fn locate(path: &Path, reference: &str, want: Want) -> Result<Artifact, FetchError> {
+    locate_fitting(path, reference, want, None)
+}
+
+/// The same on a machine that has so much room, where the directory holds several quantizations.
+pub(crate) fn locate_fitting(
+    path: &Path,
+    reference: &str,
+    want: Want,
+    room: Option<Room>,
+) -> Result<Artifact, FetchError> {
+    // A repository's folder in a hub's cache stands for its main branch.
+    let snapshot = hub::main_snapshot(path);
+    let path = snapshot.as_deref().unwrap_or(path);
     let metadata = fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => ProbeError::Missing { path: path.to_owned() },
         _ => ProbeError::Io { path: path.to_owned(), source },
     })?;
     if metadata.is_dir() {
-        let choice = choice::choose(reference, &files(path)?, want, None)?;
+        let files = files(path)?;
+        fenced(path, files.iter().map(|file| file.path.as_str()))?;
+        let wish = Wish { reference, want, quant: None, room };
+        let known = choice::telling(wish, &files)
+            .and_then(|file| context_bytes(&path.join(file), room.map_or(0, |room| room.context_tokens)));
+        let room = room.map(|room| Room { context_bytes: known.unwrap_or(room.context_bytes), ..room });
+        let (choice, note) = choice::choose(Wish { room, ..wish }, &files)?;
+        if let Some(note) = note {
+            tracing::info!("{note}");
+        }
         return assemble(path, directory_name(path), choice);
     }
     let root = match path.parent() {
@@ -34,6 +58,7 @@ pub(crate) fn locate(path: &Path, reference: &str, want: Want) -> Result<Artifac
         _ => Path::new("."),
     };
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    fenced(root, files(root)?.iter().map(|file| file.path.as_str()))?;
     let choice = one_file(path, root, &name)?;
     let has = match &choice {
         Choice::Gguf(_) => WeightFormat::Gguf,
@@ -52,6 +77,14 @@ pub(crate) fn locate(path: &Path, reference: &str, want: Want) -> Result<Artifac
     let stem = choice::shard(stem).map_or(stem, |(stem, ..)| stem);
     let served = if has == WeightFormat::Gguf && stem != "model" { stem.to_owned() } else { directory_name(root) };
     assemble(root, served, choice)
+}
+
+/// What a context of so many tokens takes, by a GGUF's header.
+pub(crate) fn context_bytes(gguf: &Path, tokens: u64) -> Option<u64> {
+    let mut beginning = Vec::new();
+    let file = fs::File::open(gguf).ok()?;
+    file.take(BEGINNING_BYTES as u64).read_to_end(&mut beginning).ok()?;
+    Gguf::beginning(beginning)?.context_bytes(tokens)
 }
 
 /// What naming one file means: a GGUF with its shards, a safetensors file, or an index with its shards.
@@ -112,18 +145,36 @@ pub(crate) fn indexed(path: &Path) -> Result<Vec<String>, FetchError> {
     choice::index_shards(&bytes).map_err(|what| ProbeError::Malformed { path: path.to_owned(), what }.into())
 }
 
-/// The names of the files directly in a directory.
-fn files(root: &Path) -> Result<Vec<String>, FetchError> {
-    let mut names = Vec::new();
+/// The files directly in a directory.
+fn files(root: &Path) -> Result<Vec<Candidate>, FetchError> {
+    let mut files = Vec::new();
     for entry in fs::read_dir(root).map_err(FetchError::io(root))?.take(FILES_MAX) {
         let entry = entry.map_err(FetchError::io(root))?;
         // Follows links: hub snapshots consist of them.
-        if entry.path().is_file() {
-            names.push(entry.file_name().to_string_lossy().into_owned());
+        if let Ok(metadata) = fs::metadata(entry.path())
+            && metadata.is_file()
+        {
+            files.push(Candidate { path: entry.file_name().to_string_lossy().into_owned(), bytes: metadata.len() });
         }
     }
-    names.sort();
-    Ok(names)
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
+}
+
+/// In a snapshot of a hub's cache links lead to blobs of that cache. One that leads elsewhere is refused: whoever made the
+/// snapshot does not choose what is read. Links in a user's own directory are the user's.
+fn fenced<'a>(root: &Path, files: impl Iterator<Item = &'a str>) -> Result<(), FetchError> {
+    let absolute = std::path::absolute(root).map_err(FetchError::io(root))?;
+    let real = fs::canonicalize(root).map_err(FetchError::io(root))?;
+    let Some((cache, ..)) = snapshot_of(&absolute).or_else(|| snapshot_of(&real)) else { return Ok(()) };
+    for file in files {
+        let path = root.join(file);
+        let target = fs::canonicalize(&path).map_err(FetchError::io(&path))?;
+        if !within(&target, &cache) {
+            return Err(FetchError::Outside { path, target });
+        }
+    }
+    Ok(())
 }
 
 /// The names of all files below a directory, with `/` between directories.
@@ -167,6 +218,7 @@ fn directory_name(root: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::tiny_llama;
 
     fn directory(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
@@ -221,5 +273,51 @@ mod tests {
         let root = directory(&[("models--o--r/snapshots/0123/model.safetensors", "")]);
         let artifact = locate(&root.path().join("models--o--r/snapshots/0123"), "x", Want::Any).unwrap();
         assert_eq!(artifact.name, "o/r");
+        // By its folder it is found only once a branch names it.
+        let folder = root.path().join("models--o--r");
+        assert!(locate(&folder, "x", Want::Any).is_err());
+        fs::create_dir_all(folder.join("refs")).unwrap();
+        fs::write(folder.join("refs/main"), "0123\n").unwrap();
+        assert_eq!(locate(&folder, "x", Want::Any).unwrap(), artifact);
+    }
+
+    #[test]
+    fn of_a_directorys_quantizations_the_largest_that_fits_is_chosen() {
+        let header = tiny_llama("gpt-2").finish();
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("m-Q4_0.gguf"), &header).unwrap();
+        fs::write(root.path().join("m-Q8_0.gguf"), [&header[..], &[0; 32]].concat()).unwrap();
+        // Two heads of eight values, keys and values of 16 bits, 64 tokens.
+        let context = 2 * (8 + 8) * 2 * 64;
+        let fitting = |memory_bytes: usize| {
+            let room = Room { memory_bytes: memory_bytes as u64, context_bytes: 0, context_tokens: 64 };
+            locate_fitting(root.path(), "x", Want::Any, Some(room)).map(|artifact| artifact.weights[0].clone())
+        };
+        assert!(fitting(header.len() + 32 + context).unwrap().ends_with("m-Q8_0.gguf"));
+        assert!(fitting(header.len() + 31 + context).unwrap().ends_with("m-Q4_0.gguf"));
+        assert!(fitting(header.len() + context - 1).is_err());
+        assert!(locate(root.path(), "x", Want::Any).is_err(), "without a word on room, there is nothing to go by");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_of_a_snapshot_stay_in_its_cache() {
+        use std::os::unix::fs::symlink;
+        let root = directory(&[("hub/models--o--r/blobs/b", "x"), ("secret", "y"), ("plain/config.json", "{}")]);
+        let snapshot = root.path().join("hub/models--o--r/snapshots/0123");
+        fs::create_dir_all(&snapshot).unwrap();
+        symlink("../../blobs/b", snapshot.join("model.safetensors")).unwrap();
+        assert_eq!(locate(&snapshot, "x", Want::Any).unwrap().name, "o/r");
+        // By a link to the snapshot it is the same.
+        symlink(&snapshot, root.path().join("here")).unwrap();
+        assert_eq!(locate(&root.path().join("here"), "x", Want::Any).unwrap().weights.len(), 1);
+        symlink("../../../../secret", snapshot.join("config.json")).unwrap();
+        for path in [snapshot.clone(), snapshot.join("model.safetensors"), root.path().join("here")] {
+            let error = locate(&path, "x", Want::Any).unwrap_err();
+            assert!(matches!(error, FetchError::Outside { .. }), "{error}");
+        }
+        // In a directory of the user's own, links may lead anywhere.
+        symlink(root.path().join("secret"), root.path().join("plain/model.safetensors")).unwrap();
+        locate(&root.path().join("plain"), "x", Want::Any).unwrap();
     }
 }

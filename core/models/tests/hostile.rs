@@ -87,7 +87,8 @@ fn bombs() {
         ("model.safetensors.index.json", filled("{\"weight_map\":{\"a\":\"b\"", ",\"a\":\"b\"", "}}", 48 << 20)),
     ];
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let store = Store::new(StoreOptions { cache: Some("/nowhere".into()), offline: true }).unwrap();
+    let store =
+        Store::new(StoreOptions { cache: Some("/nowhere".into()), offline: true, ..StoreOptions::default() }).unwrap();
     for (number, (name, text)) in cases.iter().enumerate() {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("model.safetensors"), [&2u64.to_le_bytes()[..], b"{}"].concat()).unwrap();

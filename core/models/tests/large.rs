@@ -133,7 +133,9 @@ fn split_gguf(root: &Path) {
 /// Finds and probes the model at `path` a few times; the fastest is what it takes where nobody else computes.
 fn understood(path: &Path, want: Want) -> ModelProfile {
     let cache = tempfile::tempdir().unwrap();
-    let store = Store::new(StoreOptions { cache: Some(cache.path().to_owned()), offline: true }).unwrap();
+    let store =
+        Store::new(StoreOptions { cache: Some(cache.path().to_owned()), offline: true, ..StoreOptions::default() })
+            .unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let reference = path.to_str().unwrap();
     let silent = ProgressSink::silent();

@@ -163,7 +163,9 @@ fn mutated_files_neither_panic_nor_cost_much() {
     let parts = checkpoint();
     parts.iter().for_each(|(name, content)| fs::write(directory.join(name), content).unwrap());
     let whole = one_gguf();
-    let store = Store::new(StoreOptions { cache: Some(root.path().join("cache")), offline: true }).unwrap();
+    let store =
+        Store::new(StoreOptions { cache: Some(root.path().join("cache")), offline: true, ..StoreOptions::default() })
+            .unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let silent = ProgressSink::silent();
     let understood = |path: &std::path::Path| {

@@ -48,7 +48,7 @@ pub enum Command {
     Explain(ExplainArgs),
     /// List backends, or install what one needs
     Backends(BackendsArgs),
-    /// List known models, or download one
+    /// List, find, download, check and remove models
     Models(ModelsArgs),
     /// Check that a model is computed as it should be
     Verify(VerifyArgs),
@@ -277,6 +277,8 @@ pub enum BackendsCommand {
 
 /// `mesh-llm models`.
 #[derive(Clone, Debug, Args)]
+// `--offline` is about the command that follows, and is looked for behind it.
+#[command(mut_args(|arg| arg.global(true)))]
 pub struct ModelsArgs {
     #[command(subcommand)]
     pub command: Option<ModelsCommand>,
@@ -287,7 +289,20 @@ pub struct ModelsArgs {
 #[derive(Clone, Debug, Subcommand)]
 pub enum ModelsCommand {
     /// List catalog names and models on disk
-    List,
+    List {
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look for models by words, in the catalog and on the hub
+    Search {
+        /// Words that a model's name has to hold
+        #[arg(required = true)]
+        words: Vec<String>,
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Say what a model is, what it can do, what memory it takes and who would serve it
     Show(ShowArgs),
     /// Make an MLX directory of a GGUF, and say what became of its weights
@@ -304,6 +319,28 @@ pub enum ModelsCommand {
         /// Its GGUF weights, where it has several kinds
         #[arg(long)]
         gguf: bool,
+    },
+    /// Remove a model from the cache: all of it, a revision, a quantization or a file
+    Remove {
+        /// A catalog name, a repository, or a directory of the cache
+        model: String,
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove from the cache what nothing refers to, and what interrupted downloads left
+    Prune {
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Hash what is in the cache again, and compare it with what was published
+    Verify {
+        /// A catalog name or a repository; everything if absent
+        model: Option<String>,
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 

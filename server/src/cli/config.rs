@@ -10,6 +10,7 @@ use std::{
 
 use bytesize::ByteSize;
 use mesh_llm::defaults::{Manner, ReasoningField};
+use mesh_models::catalog::{self, Entry};
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
@@ -51,6 +52,9 @@ pub struct Config {
     pub offline: Option<bool>,
     /// Directory for mirrored and imported models.
     pub cache: Option<PathBuf>,
+    /// More models that have names.
+    #[serde(default)]
+    pub catalog: Vec<Entry>,
     /// Who may use the server.
     #[serde(default)]
     pub access: AccessTable,
@@ -137,6 +141,7 @@ impl Config {
         if config.idle_ttl_s == Some(0) {
             return Err("`idle_ttl_s` has to be 1 or more".into());
         }
+        catalog::check(&config.catalog)?;
         Ok(config)
     }
 }
@@ -167,6 +172,11 @@ mod tests {
             ctx = 4096
             memory = 2147483648
             pin = true
+            [[catalog]]
+            name = "Mine"
+            about = "my own"
+            repo = "org/mine"
+            format = "safetensors"
             [access]
             key_file = "keys"
             insecure = false
@@ -192,6 +202,7 @@ mod tests {
         assert_eq!((config.memory, config.idle_ttl_s), (Some(ByteSize::gib(8)), Some(600)));
         let manner = Manner { reasoning_field: ReasoningField::Both, generation_config: false };
         assert_eq!((config.api.manner(), ApiTable::default().manner()), (manner, Manner::default()));
+        assert_eq!((config.catalog.len(), config.catalog[0].name.as_str()), (1, "Mine"));
         assert_eq!(config.models[0].memory, Some(ByteSize::gib(2)));
         assert!(config.models[0].pin && config.models[0].name.as_deref() == Some("small"));
     }
@@ -203,6 +214,8 @@ mod tests {
         insta::assert_snapshot!(Config::parse("ctx = 0").unwrap_err());
         insta::assert_snapshot!(Config::parse("memory = \"lots\"").unwrap_err());
         insta::assert_snapshot!(Config::parse("[[models]]\nmodle = \"x\"").unwrap_err());
+        let entry = "[[catalog]]\nname = \"a/b\"\nabout = \"\"\nrepo = \"o/r\"\nformat = \"safetensors\"";
+        insta::assert_snapshot!(Config::parse(entry).unwrap_err());
     }
 
     #[test]

@@ -15,14 +15,18 @@ use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, LogFormat};
 use failure::{Exit, Failure};
-use output::{LOG_QUIET, LOG_SERVING, Output};
+use output::{LOG_MODELS, LOG_QUIET, LOG_SERVING, Output};
 
 /// Runs the command line of this process, and returns what it exits with.
 pub fn main() -> u8 {
     let cli = Cli::parse();
-    let serving = matches!(cli.command, None | Some(Command::Serve(_)));
+    let levels = match cli.command {
+        None | Some(Command::Serve(_)) => LOG_SERVING,
+        Some(Command::Models(_)) => LOG_MODELS,
+        _ => LOG_QUIET,
+    };
     let log_format = cli.output.log_format;
-    let output = Output::set_up(cli.output, if serving { LOG_SERVING } else { LOG_QUIET });
+    let output = Output::set_up(cli.output, levels);
     match run(cli, &output) {
         Ok(()) => 0,
         Err(failure) => {

@@ -23,6 +23,8 @@ const LOG_VARIABLE: &str = "MESH_LLM_LOG";
 /// The log of a server: what it does, and what others warn of.
 pub const LOG_SERVING: &str = "warn,mesh_llm=info,mesh_models=info,mesh_text=info,mesh_backend_mlx=info,\
                                mesh_backend_llama_server=info";
+/// The log of commands about models: what was chosen and why is never silent.
+pub const LOG_MODELS: &str = "warn,mesh_models=info";
 /// The log of everything else.
 pub const LOG_QUIET: &str = "warn";
 
@@ -93,6 +95,7 @@ impl Output {
             Stage::Install { what } => ("install", what, true),
             Stage::Import { what } => ("import", what, false),
             Stage::Convert { what } => ("convert", what, false),
+            Stage::Check { what } => ("check", what, true),
             Stage::Load { what } => ("load", what, true),
         };
         let over = progress.total == Some(progress.done);

@@ -195,7 +195,13 @@ impl Setting {
         }
         let settings = settings(&config, args, limits);
         let offline = args.offline || config.offline.unwrap_or(false);
-        let store = Store::new(StoreOptions { cache: config.cache.clone(), offline })?;
+        let store = Store::new(StoreOptions {
+            cache: config.cache.clone(),
+            offline,
+            catalog: config.catalog.clone(),
+            memory_bytes: config.memory.map(|bytes| bytes.as_u64()),
+            context_tokens: config.ctx,
+        })?;
         let electorate = Electorate::linked(settings)?;
         Ok(Self { config, store: Arc::new(store), electorate: Arc::new(electorate) })
     }

@@ -22,7 +22,7 @@ use crate::{
     group::Group,
     memory::{FreeMemory, Sizes},
     remember::Remembered,
-    sampler::Sampler,
+    sampler::{Masks, Sampler},
     schedule::{self, Id, Limits, Reading, Step, View, Waiting, Writing},
     sequence::{Outlet, Sequence},
     watchdog::Doing,
@@ -53,6 +53,7 @@ pub struct Runner {
     waiting: Vec<Id>,
     reading: Vec<Id>,
     writing: Vec<Group>,
+    masks: Masks,
     /// Texts to be turned into vectors, those whose turn is next first.
     embeds: VecDeque<Embedding>,
     /// What is over, and not yet taken by its reader.
@@ -103,6 +104,7 @@ impl Runner {
             waiting: Vec::new(),
             reading: Vec::new(),
             writing: Vec::new(),
+            masks: Masks::default(),
             embeds: VecDeque::new(),
             leaving: Vec::new(),
             next_id: 0,

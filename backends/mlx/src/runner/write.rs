@@ -236,7 +236,7 @@ impl Runner {
             };
             rows.push(sampler::Row { sampler: &mut sequence.sampler, known });
         }
-        let next = sampler::draw(logits, &group.current, &mut rows)?;
+        let next = sampler::draw(logits, &group.current, &mut rows, &mut self.masks)?;
         transforms::async_eval(next.arrays())?;
         Ok(next)
     }

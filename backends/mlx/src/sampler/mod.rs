@@ -20,7 +20,7 @@ use mlx_rs::{
 
 use dry::Repetition;
 pub use likely::Likely;
-pub use mask::Mask;
+pub use mask::{Mask, Masks};
 
 /// One row's parameters, checked, and where it is in its random numbers.
 #[derive(Clone, Debug)]
@@ -264,8 +264,8 @@ impl Drawn {
 }
 
 /// Draws the next token of each row from `logits`, `[rows, 1, vocab]`, which follow the tokens `fed`, `[rows, 1]`.
-pub fn draw(logits: &Array, fed: &Array, rows: &mut [Row<'_>]) -> Result<Drawn, Exception> {
-    let tokens = choose(logits, fed, rows)?;
+pub fn draw(logits: &Array, fed: &Array, rows: &mut [Row<'_>], masks: &mut Masks) -> Result<Drawn, Exception> {
+    let tokens = choose(logits, fed, rows, masks)?;
     let vocab = logits.dim(2);
     let likely = rows.iter().zip(0..).map(|(row, at)| {
         let report = |top| {
@@ -278,7 +278,7 @@ pub fn draw(logits: &Array, fed: &Array, rows: &mut [Row<'_>]) -> Result<Drawn, 
     Ok(Drawn { tokens, likely })
 }
 
-fn choose(logits: &Array, fed: &Array, rows: &mut [Row<'_>]) -> Result<Array, Exception> {
+fn choose(logits: &Array, fed: &Array, rows: &mut [Row<'_>], masks: &mut Masks) -> Result<Array, Exception> {
     let mut logits = logits.clone();
     if !rows.iter().all(Row::is_plain) {
         let vocab = logits.dim(2);
@@ -292,8 +292,8 @@ fn choose(logits: &Array, fed: &Array, rows: &mut [Row<'_>]) -> Result<Array, Ex
         logits = ops::concatenate(&parts.collect::<Result<Vec<_>, Exception>>()?, 0)?;
     }
     if rows.iter().any(|row| row.known.mask.is_some()) {
-        let masks: Vec<Option<&Mask>> = rows.iter().map(|row| row.known.mask.as_ref()).collect();
-        logits = mask::masked(&logits, &masks)?;
+        let of_rows: Vec<Option<&Mask>> = rows.iter().map(|row| row.known.mask.as_ref()).collect();
+        logits = masks.applied(&logits, &of_rows)?;
     }
     // Each way computes its rows alone, so that nobody's result depends on another's way.
     let mut drawn = Vec::new();

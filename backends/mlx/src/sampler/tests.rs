@@ -21,7 +21,7 @@ fn draw_rows(logits: &[f32], samplers: &mut [Sampler], known: Vec<Known>) -> (Ve
     let fed = Array::from_slice(&vec![3_u32; samplers.len()], &[count, 1]);
     let mut rows: Vec<Row<'_>> =
         samplers.iter_mut().zip(known).map(|(sampler, known)| Row { sampler, known }).collect();
-    let drawn = draw(&logits, &fed, &mut rows).unwrap();
+    let drawn = draw(&logits, &fed, &mut rows, &mut Masks::default()).unwrap();
     assert_eq!(drawn.tokens.shape(), [count, 1]);
     drawn.tokens.eval().unwrap();
     let tokens = drawn.tokens.to_vec_exact::<u32>().unwrap();
@@ -212,6 +212,26 @@ fn masked_draws_follow_what_is_left() {
     // Whatever a bias or a penalty says.
     let biased = Sampling { logit_bias: [(0, 100.0)].into(), repetition_penalty: Some(0.1), ..hot };
     assert_close(shares_of(&LOGITS, &biased, Some(mask(VOCAB, [4]))), [0.0, 0.0, 0.0, 0.0, 1.0, 0.0], "one");
+}
+
+#[test]
+fn masks_that_the_device_has_are_the_masks_asked_for() {
+    // More than are kept, each twice, beside a row that has none.
+    let mut masks = Masks::default();
+    let logits = Array::from_slice(&[1.0_f32; 2 * 70], &[2, 1, 70]);
+    for _ in 0..2 {
+        for id in 0..70 {
+            let only = mask(70, [id, (id + 7) % 70]);
+            let left = masks.applied(&logits, &[None, Some(&only)]).unwrap();
+            let left = left.as_dtype(Dtype::Float32).unwrap().to_vec_exact::<f32>().unwrap();
+            assert!(left[..70].iter().all(|logit| *logit == 1.0), "{id}");
+            let allowed = |token: &usize| left[70 + token].is_finite();
+            let mut expected = [id as usize, (id as usize + 7) % 70];
+            expected.sort_unstable();
+            assert_eq!((0..70).filter(allowed).collect::<Vec<_>>(), expected);
+        }
+    }
+    assert!(masks.applied(&logits, &[None, Some(&mask(33, [1]))]).is_err(), "of another vocabulary");
 }
 
 #[test]

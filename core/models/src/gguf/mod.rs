@@ -5,6 +5,7 @@
 //! are left, and what is kept (keys, tensor names and shapes) is smaller than the part of the file it was read from.
 
 mod block;
+pub(crate) mod context;
 mod k_block;
 mod packing;
 mod reader;

@@ -35,7 +35,8 @@ impl Model {
 async fn every_golden_probes() {
     let Some(golden) = golden("every_golden_probes") else { return };
     let cache = tempfile::tempdir().unwrap();
-    let store = Store::new(StoreOptions { cache: Some(cache.path().to_owned()), offline: true }).unwrap();
+    let store =
+        Store::new(StoreOptions { cache: Some(cache.path().to_owned()), offline: true, ..Default::default() }).unwrap();
     let mut count = 0;
     for entry in fs::read_dir(golden).unwrap().flatten().filter(|entry| entry.path().join("config.json").is_file()) {
         let root = entry.path();

@@ -6,12 +6,11 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use mesh_core::{ProgressSink, WeightFormat};
+use mesh_core::ProgressSink;
 use sha2::{Digest, Sha256};
 
-use super::{Artifact, Store, Want, kept_as, make};
+use super::{Artifact, Store, Want, make};
 use crate::{
-    catalog,
     error::FetchError,
     import, local,
     reference::Reference,
@@ -84,14 +83,13 @@ impl Store {
     }
 
     async fn published(&self, reference: &str, progress: &ProgressSink) -> Result<Published, FetchError> {
-        if let Reference::Name(name) = Reference::parse(reference, Path::exists)? {
-            let entry = catalog::find(&name)?;
-            if entry.format != WeightFormat::Gguf {
-                let (has, wanted) = (Some(entry.format), Some(WeightFormat::Gguf));
-                return Err(FetchError::WrongFormat { model: entry.name.clone(), has, wanted });
-            }
+        // What an entry is unpacked into is not what is asked for here.
+        if let Reference::Name(name) = Reference::parse(reference, Path::exists)?
+            && self.catalog.find(&name)?.sha256.is_some()
+        {
+            let entry = self.catalog.find(&name)?;
             let files = vec![self.gguf(entry, progress).await?];
-            return Ok(Published { name: entry.name.clone(), files, made: Ok(kept_as(entry)) });
+            return Ok(Published { name: entry.name.clone(), files, made: Ok(self.kept_as(entry)) });
         }
         let Artifact { name, weights: files, .. } = self.locate(reference, Want::Gguf, progress).await?;
         let made = files.first().map_or_else(Default::default, |file| (stem(file), file.clone()));

@@ -3,27 +3,24 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use conformance::hub::Hub as StandIn;
 use mesh_core::{Hint, ProbeError, Stage};
 
 use super::*;
-use crate::{
-    catalog::Mirror,
-    hub::tests::{Server, serve},
-    probe,
-    testing::tiny_llama,
-};
+use crate::{catalog::Mirror, probe, testing::tiny_llama};
 
 pub(super) struct House {
     pub root: tempfile::TempDir,
-    _server: Server,
+    _server: StandIn,
     pub store: Store,
 }
 
 /// A store with a cache and a hub of its own.
 pub(super) fn house(files: &[(&str, &[u8])], offline: bool) -> House {
-    let (root, server) = (tempfile::tempdir().unwrap(), serve(files));
+    let (root, server) = (tempfile::tempdir().unwrap(), StandIn::start());
+    server.put("o/r", files);
     let hub = Hub::at(&server.endpoint, &root.path().join("hub")).unwrap();
-    let store = Store { cache: root.path().join("cache"), offline, hub };
+    let store = Store { cache: root.path().join("cache"), offline, hub, catalog: Catalog::default(), room: None };
     House { root, _server: server, store }
 }
 
@@ -34,6 +31,11 @@ fn entry(content: &[u8]) -> Entry {
     Entry {
         name: "Tiny".into(),
         about: "tiny".into(),
+        parameters: None,
+        active_parameters: None,
+        context: None,
+        licence: None,
+        capabilities: Vec::new(),
         repo: "o/r".into(),
         format: WeightFormat::Gguf,
         file: Some("tiny.gguf".into()),
@@ -135,11 +137,42 @@ async fn an_entry_that_asks_for_it_is_unpacked_once_and_still_imported() {
     assert!(matches!(offline.entry(&plain, Want::Gguf, &silent).await, Err(FetchError::Offline { .. })));
 }
 
+#[tokio::test]
+async fn an_entry_without_a_hash_is_what_the_hub_has_in_all_its_parts() {
+    let content = tiny_llama("gpt-2").finish();
+    let parts = ["q/tiny-00001-of-00002.gguf", "q/tiny-00002-of-00002.gguf"];
+    let house = house(&[(parts[0], &content), (parts[1], &content)], false);
+    let (whole, silent) = (entry(&content), ProgressSink::silent());
+    let entry = Entry { file: Some(parts[0].into()), bytes: None, sha256: None, import: false, ..whole };
+    let artifact = house.store.entry(&entry, Want::Any, &silent).await.unwrap();
+    assert_eq!((artifact.name.as_str(), artifact.format, artifact.weights.len()), ("Tiny", WeightFormat::Gguf, 2));
+    let error = house.store.entry(&entry, Want::Safetensors, &silent).await.unwrap_err();
+    assert_eq!(error.to_string(), "Tiny has no safetensors weights, only GGUF");
+    assert_eq!(error.hint().unwrap(), "run: mesh-llm --model Tiny --gguf");
+
+    // Offline it is still there, and listed as the user's own rather than once more as a repository.
+    let catalog = Catalog::with(vec![entry.clone()]).unwrap();
+    let offline = Store { offline: true, catalog, ..house.store };
+    assert_eq!(offline.entry(&entry, Want::Gguf, &silent).await.unwrap(), artifact);
+    let listed = offline.list().unwrap();
+    assert_eq!((listed[0].reference.as_str(), listed[0].origin), ("Tiny", Origin::Configured));
+    let bytes = 2 * content.len() as u64;
+    assert_eq!((listed[0].root.as_ref(), listed[0].weight_bytes), (Some(&artifact.root), Some(bytes)));
+    assert!(listed[1..].iter().all(|other| other.origin == Origin::Catalog), "{listed:?}");
+
+    // Another file of its repository is another model.
+    let other = Entry { file: Some("q/other.gguf".into()), ..entry };
+    let store = Store { catalog: Catalog::with(vec![other]).unwrap(), ..offline };
+    let listed = store.list().unwrap();
+    assert_eq!((listed[0].root.as_ref(), listed.last().unwrap().origin), (None, Origin::Hub));
+}
+
 #[test]
 fn entries_of_one_file_share_it_and_unpacked_ones_list_what_is_served() {
     let house = house(&[], true);
+    let catalog = Catalog::default();
     let (default, plain) =
-        (catalog::find(crate::DEFAULT_MODEL).unwrap(), catalog::find("SmolLM2-135M-Instruct-Q4_1").unwrap());
+        (catalog.find(crate::DEFAULT_MODEL).unwrap(), catalog.find("SmolLM2-135M-Instruct-Q4_1").unwrap());
     let listed = |entry| {
         let listed = house.store.list_entry(entry);
         (listed.root.map(|root| root.file_name().unwrap().to_string_lossy().into_owned()), listed.weight_bytes)
@@ -226,4 +259,80 @@ async fn what_cannot_be_had_is_said_with_a_way_out() {
     assert!(error.contains("picks among GGUF files"), "{error}");
     let missing = house.store.locate("./none.gguf", Want::Any, &ProgressSink::silent()).await.unwrap_err();
     assert!(matches!(missing, FetchError::Probe(ProbeError::Missing { .. })));
+}
+
+#[tokio::test]
+async fn a_catalog_model_is_checked_and_removed_with_what_was_made_of_it() {
+    let content = tiny_llama("gpt-2").finish();
+    let mut house = house(&[("tiny.gguf", &content)], false);
+    let entry = Entry { unpack: Some(Floats::F16), ..entry(&content) };
+    house.store.catalog = Catalog::with(vec![entry.clone()]).unwrap();
+    let silent = ProgressSink::silent();
+    let store = &house.store;
+    let unpacked = store.locate("tiny", Want::Gguf, &silent).await.unwrap();
+    let imported = store.locate("tiny", Want::Safetensors, &silent).await.unwrap();
+    let mirrored = house.root.path().join("cache/models/Tiny");
+    fs::create_dir_all(&mirrored).unwrap();
+    fs::write(mirrored.join("tiny.gguf"), &content).unwrap();
+    let sound = async || {
+        let checked = store.verify(Some("Tiny"), &silent).await.unwrap();
+        checked.iter().map(|one| one.verdict == crate::Verdict::Sound).collect::<Vec<_>>()
+    };
+    assert_eq!(sound().await, [true, true], "the mirror's and the hub's");
+    fs::write(mirrored.join("tiny.gguf"), [&content[1..], b"x"].concat()).unwrap();
+    assert_eq!(sound().await, [false, true]);
+
+    // What lies elsewhere is nobody's to remove, and neither are the cache's own directories.
+    let elsewhere = house.root.path().join("elsewhere");
+    fs::create_dir_all(&elsewhere).unwrap();
+    for path in [elsewhere.clone(), house.root.path().join("cache"), house.root.path().join("cache/imports")] {
+        let error = store.remove(&path.to_string_lossy()).unwrap_err();
+        assert!(matches!(error, FetchError::NotOurs { .. }), "{error}");
+        assert!(path.is_dir());
+    }
+    assert_eq!(store.remove(&imported.root.to_string_lossy()).unwrap().what.len(), 1);
+    assert!(!imported.root.exists() && unpacked.root.exists());
+    let freed = store.remove("Tiny").unwrap();
+    assert!(freed.bytes > 2 * content.len() as u64, "{freed:?}");
+    assert!(!unpacked.root.exists() && !mirrored.exists());
+    assert!(!local::files_below(house.root.path()).iter().any(|file| file.ends_with(".gguf")));
+    assert!(matches!(store.remove("Tiny"), Err(FetchError::NotCached { .. })));
+    assert!(matches!(store.verify(Some("Tiny"), &silent).await, Err(FetchError::NotCached { .. })));
+
+    // A snapshot goes by its path, too.
+    let artifact = store.locate("o/r", Want::Gguf, &silent).await.unwrap();
+    let freed = store.remove(&artifact.root.to_string_lossy()).unwrap();
+    assert_eq!(freed.bytes, content.len() as u64, "{freed:?}");
+    assert!(!artifact.root.exists());
+}
+
+#[tokio::test]
+async fn an_entry_without_a_hash_is_checked_by_the_hubs() {
+    let content = tiny_llama("gpt-2").finish();
+    let mut house = house(&[("tiny.gguf", &content), ("tiny-Q4_0.gguf", b"GGUF")], false);
+    let entry = Entry { bytes: None, sha256: None, import: false, ..entry(&content) };
+    house.store.catalog = Catalog::with(vec![entry]).unwrap();
+    let silent = ProgressSink::silent();
+    let artifact = house.store.locate("Tiny", Want::Any, &silent).await.unwrap();
+    assert_eq!((artifact.name.as_str(), fs::read(&artifact.weights[0]).unwrap()), ("Tiny", content));
+    house.store.offline = true;
+    assert_eq!(house.store.locate("Tiny", Want::Gguf, &silent).await.unwrap(), artifact);
+    let error = house.store.locate("Tiny", Want::Safetensors, &silent).await.unwrap_err();
+    assert_eq!(error.to_string(), "Tiny has no safetensors weights, only GGUF");
+    let listed = house.store.list().unwrap();
+    let tiny = listed.iter().find(|listed| listed.reference == "Tiny").unwrap();
+    assert_eq!(tiny.root.as_ref(), Some(&artifact.root));
+}
+
+#[tokio::test]
+async fn searches_find_names_without_a_network() {
+    let mut house = house(&[("tiny.gguf", b"GGUF")], true);
+    let names = |finds: Finds| finds.catalog.iter().map(|entry| entry.name.clone()).collect::<Vec<_>>();
+    let found = house.store.search("lfm2 350m mlx").await.unwrap();
+    assert_eq!((names(found.clone()), found.hub.len()), (vec!["LFM2-350M-MLX".to_owned()], 0));
+    house.store.offline = false;
+    assert_eq!(house.store.search("o/r").await.unwrap().hub.len(), 1);
+    house.store.hub = Hub::at("http://127.0.0.1:9", &house.root.path().join("hub")).unwrap();
+    assert_eq!(names(house.store.search("lfm2 350m mlx").await.unwrap()).len(), 1, "the catalog is enough");
+    assert!(matches!(house.store.search("o/r").await, Err(FetchError::Unreachable { .. })));
 }

@@ -24,7 +24,7 @@ pub async fn run(args: VerifyArgs, output: &Output) -> Result<(), Failure> {
         Some(tolerance) => tolerance,
         None => own_tolerance(Path::new(&args.model)).unwrap_or(TOLERANCE),
     };
-    let store = Store::new(StoreOptions { cache: None, offline: true })?;
+    let store = Store::new(StoreOptions { offline: true, ..StoreOptions::default() })?;
     let artifact: Artifact = store.locate(&args.model, Want::Safetensors, &output.progress()).await?;
     debug_assert_eq!(artifact.format, WeightFormat::Safetensors);
     let profile = probe(&artifact).map_err(|error| Failure::new(Exit::Model, error))?;

@@ -24,7 +24,7 @@ async fn is_directory(model: &str, output: &Output) -> Result<bool, Failure> {
     if !path.is_dir() {
         return Ok(path.is_file() && path.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("gguf")));
     }
-    let store = Store::new(StoreOptions { cache: None, offline: true })?;
+    let store = Store::new(StoreOptions { offline: true, ..StoreOptions::default() })?;
     match store.locate(model, Want::Safetensors, &output.progress()).await {
         Err(FetchError::WrongFormat { has: Some(WeightFormat::Gguf), .. }) => Ok(false),
         // What is wrong with it is said by whoever reads it.
