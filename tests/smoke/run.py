@@ -69,7 +69,8 @@ class Client:
 
     def stream(self, path, **body):
         connection, answer = self.open(path, {**body, "stream": True})
-        check(answer.status == 200, f"{answer.status}: {answer.read(300)}")
+        if answer.status != 200:
+            raise Wrong(f"{answer.status}: {answer.read(300)}")
         events = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: ")]
         connection.close()
         check(events and events[-1] == "[DONE]", "the stream did not end with [DONE]")
@@ -162,6 +163,8 @@ def behaviour(client, chat):
         check(choice["finish_reason"] == "stop", f"it ended with {choice['finish_reason']}")
 
     def seeded():
+        # llama.cpp's numbers depend a little on who else is computed, and what was stopped before may still be.
+        ask(max_tokens=1)
         first, second = (text_of(ask(temperature=1.2, seed=7, max_tokens=24)[0]) for _ in range(2))
         check(first == second, f"one seed, two answers: {first!r}, {second!r}")
         others = {text_of(ask(temperature=1.2, seed=seed, max_tokens=24)[0]) for seed in range(4)}
