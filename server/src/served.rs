@@ -41,6 +41,8 @@ pub struct ServedModel {
     pub thinking: Thinking,
     /// What its answers are written in.
     pub dialect: &'static dyn Dialect,
+    /// Whether its template shows it the tools that a request offers. Calls can be forced without.
+    pub shows_tools: bool,
     /// Present where the engine takes or gives tokens.
     pub tokenizer: Option<Tokenizer>,
     /// Seconds since 1970 at which it became ready.
@@ -64,6 +66,7 @@ pub struct ServedModel {
 /// The parts of a model that talk, made before its weights are loaded: what fails here fails early.
 pub struct Voice {
     thinking: Thinking,
+    shows_tools: bool,
     dialect: &'static dyn Dialect,
     default_template: Result<Template, TemplateError>,
     tool_template: Option<Result<Template, TemplateError>>,
@@ -112,6 +115,11 @@ pub(crate) fn templates<'a>(profile: &'a ModelProfile, fallback: Option<&'a str>
     }
 }
 
+/// Whether a template tells the model of the tools that a request offers.
+pub(crate) fn mention_tools(templates: &[&str]) -> bool {
+    templates.iter().any(|source| source.contains("tools"))
+}
+
 impl Voice {
     /// Finds the dialect and compiles the templates. A template that does not compile fails chat requests, not the
     /// model: text completions need none.
@@ -149,7 +157,8 @@ impl Voice {
         }
         let tool_template =
             own.and_then(|own| own.value.named.get(TOOL_TEMPLATE)).map(|source| Template::compile(source));
-        Ok(Self { thinking, dialect: choice.dialect, default_template, tool_template })
+        let shows_tools = mention_tools(&sources);
+        Ok(Self { thinking, shows_tools, dialect: choice.dialect, default_template, tool_template })
     }
 }
 
@@ -188,6 +197,7 @@ impl ServedModel {
             answered: AtomicBool::new(false),
             usage: Usage::new(),
             tally: OnceLock::new(),
+            shows_tools: voice.shows_tools,
             default_template: voice.default_template,
             tool_template: voice.tool_template,
         })

@@ -4,7 +4,7 @@ use mesh_core::{ModelFamily, ModelProfile, Thinking};
 use mesh_text::{Template, choice, dialects};
 use serde::Serialize;
 
-use crate::served::{VoiceError, templates};
+use crate::served::{VoiceError, mention_tools, templates};
 
 /// An ability, and how it is known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -38,8 +38,7 @@ pub fn abilities(profile: &ModelProfile, family: Option<&dyn ModelFamily>) -> Re
         Some(Err(error)) => (false, format!("{origin}: {error}")),
         None => (false, origin.clone()),
     };
-    let offers = sources.iter().any(|source| source.contains("tools"));
-    let tools = match (chosen.dialect.tools(), offers) {
+    let tools = match (chosen.dialect.tools(), mention_tools(&sources)) {
         (true, true) => (true, format!("dialect {}: {}", chosen.dialect.id(), chosen.why)),
         (true, false) => (false, format!("{origin} does not mention tools")),
         (false, _) => (false, format!("dialect {} has no calls", chosen.dialect.id())),

@@ -67,6 +67,24 @@ async fn ask(url: &str, stream: bool) -> String {
         .collect()
 }
 
+/// Its template shows no tools: that is said where they are offered, streamed or not, and in the list of models.
+async fn offered_tools_are_said_to_be_unseen(url: &str) {
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let mut body = json!({
+        "model": "SmolLM2-135M-Instruct", "temperature": 0, "max_tokens": 2,
+        "messages": [{ "role": "user", "content": "What is the capital of France?" }],
+        "tools": [{ "type": "function", "function": { "name": "f", "parameters": { "type": "object" } } }],
+    });
+    let chat = format!("{url}/v1/chat/completions");
+    let answer: Value = client.post(&chat).json(&body).send().await.unwrap().json().await.unwrap();
+    assert_eq!(answer["choices"][0]["message"]["warnings"][0]["code"], "tools_not_shown", "{answer}");
+    body["stream"] = true.into();
+    let streamed = client.post(&chat).json(&body).send().await.unwrap().text().await.unwrap();
+    assert_eq!(streamed.matches("tools_not_shown").count(), 1, "{streamed}");
+    let models: Value = client.get(format!("{url}/v1/models")).send().await.unwrap().json().await.unwrap();
+    assert_eq!(models["data"][0]["capabilities"]["tools"], false, "{models}");
+}
+
 #[test]
 fn the_capital_of_france_is_paris_on_both_backends() {
     let target = Path::new(env!("CARGO_BIN_EXE_mesh-llm")).parent().unwrap().parent().unwrap();
@@ -77,5 +95,6 @@ fn the_capital_of_france_is_paris_on_both_backends() {
         let streamed = runtime.block_on(ask(&server.url, true));
         assert_eq!(blocking, "The capital of France is Paris.", "{args:?}");
         assert_eq!(streamed, blocking, "{args:?}");
+        runtime.block_on(offered_tools_are_said_to_be_unseen(&server.url));
     }
 }

@@ -101,6 +101,16 @@ impl Warning {
             message: "the model wrote a tool call that does not parse; it is part of the content".into(),
         }
     }
+
+    /// Tools were offered to a model that is not told of them.
+    pub fn tools_not_shown() -> Self {
+        Self {
+            code: "tools_not_shown".into(),
+            message:
+                "the model's chat template does not show it tools: it calls one only where `tool_choice` forces it"
+                    .into(),
+        }
+    }
 }
 
 /// What all chunks and the answer of one request have in common.
@@ -118,6 +128,8 @@ pub struct Envelope {
     pub choices: usize,
     /// How calls are named.
     pub call_ids: CallIds,
+    /// What is to be known of every answer.
+    pub warnings: Vec<Warning>,
 }
 
 impl Envelope {
@@ -237,7 +249,10 @@ fn message(envelope: &Envelope, choice: u32, answer: Answer, malformed_calls: u3
         reasoning_content,
         reasoning,
         tool_calls,
-        warnings: (0..malformed_calls).map(|_| Warning::malformed_call()).collect(),
+        warnings: {
+            let malformed = (0..malformed_calls).map(|_| Warning::malformed_call());
+            envelope.warnings.iter().cloned().chain(malformed).collect()
+        },
     }
 }
 
@@ -301,8 +316,12 @@ impl ChatChunk {
 
     /// The first chunk of a choice, which names the role.
     pub fn role(envelope: &Envelope, index: u32) -> Self {
-        let delta =
-            ChunkDelta { role: Some("assistant".into()), content: Some(String::new()), ..ChunkDelta::default() };
+        let delta = ChunkDelta {
+            role: Some("assistant".into()),
+            content: Some(String::new()),
+            warnings: envelope.warnings.clone(),
+            ..ChunkDelta::default()
+        };
         Self::with(envelope, ChunkChoice { index, delta, logprobs: None, finish_reason: None })
     }
 

@@ -12,9 +12,9 @@ use crate::{
         ChatRequest, CompletionRequest,
         completion::CompletionAsk,
         parse,
-        response::{ChatChunk, ChatCompletion, Envelope, TextCompletion, WireUsage},
+        response::{ChatChunk, ChatCompletion, Envelope, TextCompletion, Warning, WireUsage},
     },
-    pipeline::{self, AnswerStream},
+    pipeline::{self, AnswerStream, Subject},
     sse::{self, Shape},
 };
 
@@ -56,6 +56,7 @@ async fn generated(shape: Shape, door: Arc<Door>, mut call: Call) -> Result<Resp
     let field = if shape == Shape::Chat { "messages" } else { "prompt" };
     let logprobs = asks.iter().any(|ask| ask.logprobs.is_some());
     let choices = asks.first().map_or(1, |ask| ask.choices) as usize;
+    let offers_tools = asks.iter().any(|ask| matches!(&ask.subject, Subject::Chat(chat) if !chat.tools.is_empty()));
     let ticket = door.running.enter([id.as_str()].into_iter().chain(call.request_id()))?;
     let opening = opened_all(&door.slots, &shared.model, asks);
     let named = |error: ApiError| error.prompt_in(field).renamed(&shared.names);
@@ -63,7 +64,9 @@ async fn generated(shape: Shape, door: Arc<Door>, mut call: Call) -> Result<Resp
     let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let reasoning_field = answers.first().map(|answer| answer.model().manner.reasoning_field).unwrap_or_default();
     let call_ids = answers.first().map(AnswerStream::call_ids).unwrap_or_default();
-    let envelope = Envelope { id, created, model, reasoning_field, choices, call_ids };
+    let unseen = offers_tools && answers.first().is_some_and(|answer| !answer.model().shows_tools);
+    let warnings = if unseen { vec![Warning::tools_not_shown()] } else { Vec::new() };
+    let envelope = Envelope { id, created, model, reasoning_field, choices, call_ids, warnings };
     let answers: Vec<_> = answers.into_iter().map(|answer| ticket.watch(answer)).collect();
     drop(ticket);
     if shared.stream {

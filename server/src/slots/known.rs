@@ -57,7 +57,7 @@ impl Notes {
                 let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
                 known.elected = Some((model.handle.backend.id, model.handle.capabilities().clone()));
                 known.thinking = Some(model.thinking);
-                known.tools = Some(model.dialect.tools());
+                known.tools = Some(model.dialect.tools() && model.shows_tools);
                 known.chat = Some(model.template(false).is_ok());
             }
             StartStep::Locating { .. } | StartStep::Failed(_) => {}
