@@ -1,6 +1,6 @@
 //! The list of a sharded checkpoint's files.
 
-use std::{borrow::Cow, collections::BTreeSet, fmt};
+use std::{collections::BTreeSet, fmt};
 
 use serde::{
     Deserialize, Deserializer,
@@ -34,10 +34,8 @@ impl<'de> Deserialize<'de> for Shards {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Shards, A::Error> {
                 let mut shards = BTreeSet::new();
-                while let Some((_, file)) = map.next_entry::<IgnoredAny, Cow<'_, str>>()? {
-                    if !shards.contains(&*file) {
-                        shards.insert(file.into_owned());
-                    }
+                while let Some((_, file)) = map.next_entry::<IgnoredAny, String>()? {
+                    shards.insert(file);
                     if shards.len() > SHARDS_MAX {
                         break;
                     }

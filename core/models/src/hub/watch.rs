@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, PoisonError},
 };
 
 use mesh_core::{ProgressSink, Stage};
@@ -17,13 +17,12 @@ pub(super) struct Watch {
 
 impl Watch {
     /// For `count` files of `bytes` together.
-    pub fn new(sink: &ProgressSink, repo: &str, count: usize, bytes: u64) -> Arc<Self> {
-        let stage = || Stage::Download { file: format!("{repo}, {count} files") };
-        let whole = (count > 1).then(|| (stage(), bytes));
+    pub fn new(sink: &ProgressSink, repo: &str, count: usize, bytes: u64) -> Self {
+        let whole = (count > 1).then(|| (Stage::Download { file: format!("{repo}, {count} files") }, bytes));
         if let Some((stage, bytes)) = &whole {
             sink.report(stage, 0, Some(*bytes));
         }
-        Arc::new(Self { sink: sink.clone(), whole, files: Mutex::default() })
+        Self { sink: sink.clone(), whole, files: Mutex::default() }
     }
 
     /// So much of a file is there.
