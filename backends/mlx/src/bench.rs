@@ -34,6 +34,15 @@ pub fn shapes() -> Vec<Shape> {
             "vocab_size": 151_936, "tie_word_embeddings": tied, "rope_theta": 1e6, "max_position_embeddings": 40_960,
         })
     };
+    let lfm2 = |hidden: u32, inner: u32, heads: u32| {
+        json!({
+            "model_type": "lfm2", "hidden_size": hidden, "num_hidden_layers": 16, "num_attention_heads": heads,
+            "num_key_value_heads": 8, "norm_eps": 1e-5, "conv_L_cache": 3, "conv_bias": false, "block_dim": hidden,
+            "block_ff_dim": inner, "intermediate_size": inner, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": true, "vocab_size": 65_536, "tie_word_embeddings": true, "rope_theta": 1e6,
+            "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128_000,
+        })
+    };
     vec![
         Shape {
             name: "gemma-3-1b",
@@ -46,28 +55,8 @@ pub fn shapes() -> Vec<Shape> {
                 "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32_768,
             }),
         },
-        Shape {
-            name: "lfm2-350m",
-            family: "lfm2",
-            config: json!({
-                "model_type": "lfm2", "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
-                "num_key_value_heads": 8, "norm_eps": 1e-5, "conv_L_cache": 3, "conv_bias": false, "block_dim": 1024,
-                "block_ff_dim": 6656, "intermediate_size": 6656, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
-                "block_auto_adjust_ff_dim": true, "vocab_size": 65_536, "tie_word_embeddings": true, "rope_theta": 1e6,
-                "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128_000,
-            }),
-        },
-        Shape {
-            name: "lfm2-1.2b",
-            family: "lfm2",
-            config: json!({
-                "model_type": "lfm2", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
-                "num_key_value_heads": 8, "norm_eps": 1e-5, "conv_L_cache": 3, "conv_bias": false, "block_dim": 2048,
-                "block_ff_dim": 12_288, "intermediate_size": 12_288, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
-                "block_auto_adjust_ff_dim": true, "vocab_size": 65_536, "tie_word_embeddings": true, "rope_theta": 1e6,
-                "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128_000,
-            }),
-        },
+        Shape { name: "lfm2-350m", family: "lfm2", config: lfm2(1024, 6656, 16) },
+        Shape { name: "lfm2-1.2b", family: "lfm2", config: lfm2(2048, 12_288, 32) },
         Shape {
             name: "llama-3.2-1b",
             family: "llama",

@@ -59,11 +59,6 @@ impl Group {
         (least as u32, most as u32, self.rows.len())
     }
 
-    /// Has the device compute the drawn tokens before anything that is submitted later.
-    pub fn submit(&self) -> Result<(), Exception> {
-        transforms::async_eval(self.drawn())
-    }
-
     fn drawn(&self) -> impl Iterator<Item = &Array> {
         std::iter::once(&self.current).chain(self.likely.iter().flatten().map(Likely::array))
     }

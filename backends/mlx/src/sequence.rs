@@ -91,15 +91,30 @@ pub enum Ending {
     Failed(String),
 }
 
-/// What may be written next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Anything.
-    Free,
-    /// Some tokens.
-    Only(Mask),
-    /// Nothing.
-    Ends(Ending),
+/// What a grammar is asked about a sequence. Any thread may work out the answer.
+pub struct Question<'a> {
+    follower: &'a mut dyn Follower,
+    eos: &'a [u32],
+    may_end: bool,
+}
+
+impl Question<'_> {
+    /// The tokens that may be written next, or how the sequence ends.
+    ///
+    /// Where nothing but an end is left, it ends. Until then a sequence that is not to end, or not yet, does not.
+    pub fn answer(self, vocab_size: u32) -> Result<Mask, Ending> {
+        let allowed = Mask::filled(vocab_size, |words| self.follower.allowed(words))
+            .map_err(|what| Ending::Failed(format!("the answer's grammar cannot be followed further: {what}")))?;
+        let goes_on = allowed.without(self.eos);
+        if allowed.is_empty() {
+            let what = "the answer's grammar leaves no token that the model has, and not the end either";
+            return Err(Ending::Failed(what.into()));
+        }
+        if goes_on.is_empty() {
+            return Err(Ending::Finished(FinishReason::Stop));
+        }
+        Ok(if self.may_end { allowed } else { goes_on })
+    }
 }
 
 impl Sequence {
@@ -131,27 +146,11 @@ impl Sequence {
         }
     }
 
-    /// What its grammar lets it write next, once all of its tokens are read.
-    ///
-    /// Where nothing but an end is left, it ends. Until then a sequence that is not to end, or not yet, does not.
-    pub fn next(&mut self, vocab_size: u32) -> Next {
-        let Some(follower) = &mut self.follower else { return Next::Free };
-        let allowed = match Mask::filled(vocab_size, |words| follower.allowed(words)) {
-            Ok(allowed) => allowed,
-            Err(what) => {
-                return Next::Ends(Ending::Failed(format!("the answer's grammar cannot be followed further: {what}")));
-            }
-        };
-        let goes_on = allowed.without(&self.eos);
-        if allowed.is_empty() {
-            let what = "the answer's grammar leaves no token that the model has, and not the end either";
-            return Next::Ends(Ending::Failed(what.into()));
-        }
-        if goes_on.is_empty() {
-            return Next::Ends(Ending::Finished(FinishReason::Stop));
-        }
+    /// What there is to ask its grammar about the next token, once all of its tokens are read; nothing without a grammar.
+    pub fn question(&mut self) -> Option<Question<'_>> {
         let may_end = !self.ignore_eos && self.written() >= self.tokens_min;
-        Next::Only(if may_end { allowed } else { goes_on })
+        let follower = self.follower.as_deref_mut()?;
+        Some(Question { follower, eos: &self.eos, may_end })
     }
 
     /// Ends it with an answer.

@@ -1,6 +1,6 @@
 //! Writing: one token of everybody a step.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, panic::resume_unwind, thread};
 
 use mesh_graph::Rows;
 use mlx_rs::{Array, error::Exception, transforms};
@@ -11,7 +11,7 @@ use crate::{
     group::{Group, Written},
     sampler::{self, Drawn, Known, Mask},
     schedule::{self, Id},
-    sequence::{After, Ending, Next, Sequence},
+    sequence::{After, Ending, Sequence},
     watchdog::Doing,
 };
 
@@ -169,38 +169,36 @@ impl Runner {
         }
     }
 
-    /// The same where the draw has to know the token before: that is read while the device is at the next pass, and so
-    /// is what may follow it worked out.
+    /// The same where the draw has to know the token before. That is read first, and what may follow it is worked out while
+    /// the next pass is submitted: submitting takes most of a step, and would have to wait for it otherwise.
     fn step_by_sight(&mut self, mut group: Group) -> Option<Group> {
         let members = group.rows.clone();
         let shared = self.shared.clone();
         let passed = {
             let _gate = gate();
             let _doing = shared.doing(Doing::Write);
-            // Or they would be waited for together with the pass.
-            group.submit().and_then(|()| {
-                let logits = self.logits(&mut group)?;
-                transforms::async_eval([&logits])?;
-                Ok((logits, group.read()?))
-            })
+            self.logits(&mut group).and_then(|logits| Ok((logits, group.read()?)))
         };
         let drawn = passed.and_then(|(logits, read)| {
             let mut ended = self.hand_over(&group, read);
+            if ended.len() == group.rows.len() {
+                return Ok(ended);
+            }
+            let _gate = gate();
+            let _doing = shared.doing(Doing::Write);
+            let rows = group.rows.iter().enumerate();
+            let going: Vec<Id> =
+                rows.filter(|(row, _)| ended.iter().all(|(other, _)| other != row)).map(|(_, id)| *id).collect();
+            let (submitted, answers) = self.answers_during(&going, || transforms::async_eval([&logits]));
+            submitted?;
             let mut masks = BTreeMap::new();
-            let vocab_size = self.model.vocab_size();
-            for (row, id) in group.rows.iter().enumerate() {
-                if ended.iter().any(|(other, _)| *other == row) {
-                    continue;
-                }
-                match self.sequences.get_mut(id).map(|sequence| sequence.next(vocab_size)) {
-                    Some(Next::Only(mask)) => drop(masks.insert(*id, mask)),
-                    Some(Next::Ends(ending)) => ended.push((row, ending)),
-                    Some(Next::Free) | None => {}
+            for (id, answer) in answers {
+                match answer {
+                    Ok(mask) => drop(masks.insert(id, mask)),
+                    Err(ending) => ended.extend(group.rows.iter().position(|row| *row == id).map(|row| (row, ending))),
                 }
             }
             if ended.len() < group.rows.len() {
-                let _gate = gate();
-                let _doing = shared.doing(Doing::Write);
                 // Those who ended leave after this: nobody reads what is drawn for them.
                 let next = self.draw(&group, &logits, masks)?;
                 group.feed(next);
@@ -214,6 +212,22 @@ impl Runner {
                 None
             }
         }
+    }
+
+    /// What the grammars of some sequences let them write next, worked out beside `work` on a thread of its own.
+    fn answers_during<T>(&mut self, ids: &[Id], work: impl FnOnce() -> T) -> (T, Vec<(Id, Result<Mask, Ending>)>) {
+        let vocab_size = self.model.vocab_size();
+        let sequences = self.sequences.iter_mut().filter(|(id, _)| ids.contains(id));
+        let questions: Vec<_> = sequences.filter_map(|(id, one)| Some((*id, one.question()?))).collect();
+        if questions.is_empty() {
+            return (work(), Vec::new());
+        }
+        let answer = move || questions.into_iter().map(|(id, question)| (id, question.answer(vocab_size))).collect();
+        thread::scope(|scope| {
+            let answers = scope.spawn(answer);
+            let done = work();
+            (done, answers.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })
     }
 
     /// The pass over everybody's last token, not yet evaluated.
