@@ -91,6 +91,9 @@ pub enum Ending {
     Failed(String),
 }
 
+/// The tokens that may be written next, or how the sequence ends.
+pub type Answer = Result<Mask, Ending>;
+
 /// What a grammar is asked about a sequence. Any thread may work out the answer.
 pub struct Question<'a> {
     follower: &'a mut dyn Follower,
@@ -99,10 +102,8 @@ pub struct Question<'a> {
 }
 
 impl Question<'_> {
-    /// The tokens that may be written next, or how the sequence ends.
-    ///
     /// Where nothing but an end is left, it ends. Until then a sequence that is not to end, or not yet, does not.
-    pub fn answer(self, vocab_size: u32) -> Result<Mask, Ending> {
+    pub fn answer(self, vocab_size: u32) -> Answer {
         let allowed = Mask::filled(vocab_size, |words| self.follower.allowed(words))
             .map_err(|what| Ending::Failed(format!("the answer's grammar cannot be followed further: {what}")))?;
         let goes_on = allowed.without(self.eos);

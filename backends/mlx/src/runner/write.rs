@@ -11,7 +11,7 @@ use crate::{
     group::{Group, Written},
     sampler::{self, Drawn, Known, Mask},
     schedule::{self, Id},
-    sequence::{After, Ending, Sequence},
+    sequence::{After, Answer, Ending, Sequence},
     watchdog::Doing,
 };
 
@@ -215,7 +215,7 @@ impl Runner {
     }
 
     /// What the grammars of some sequences let them write next, worked out beside `work` on a thread of its own.
-    fn answers_during<T>(&mut self, ids: &[Id], work: impl FnOnce() -> T) -> (T, Vec<(Id, Result<Mask, Ending>)>) {
+    fn answers_during<T>(&mut self, ids: &[Id], work: impl FnOnce() -> T) -> (T, Vec<(Id, Answer)>) {
         let vocab_size = self.model.vocab_size();
         let sequences = self.sequences.iter_mut().filter(|(id, _)| ids.contains(id));
         let questions: Vec<_> = sequences.filter_map(|(id, one)| Some((*id, one.question()?))).collect();
