@@ -2,15 +2,15 @@
 
 use std::path::Path;
 
-use crate::error::FetchError;
+use crate::error::NoSpace;
 
 /// What is left free for everybody else, in bytes.
 const SPARE_BYTES: u64 = 64 << 20;
 
 /// Whether so many bytes more may be written into a directory that has `free` of them.
-pub(crate) fn check(what: &str, needed: u64, free: Option<u64>, directory: &Path) -> Result<(), FetchError> {
+pub(crate) fn check(what: &str, needed: u64, free: Option<u64>, directory: &Path) -> Result<(), NoSpace> {
     match free {
-        Some(free) if needed > 0 && needed.saturating_add(SPARE_BYTES) > free => Err(FetchError::NoSpace {
+        Some(free) if needed > 0 && needed.saturating_add(SPARE_BYTES) > free => Err(NoSpace {
             what: what.to_owned(),
             needed_bytes: needed,
             free_bytes: free,

@@ -123,21 +123,9 @@ pub enum FetchError {
         /// What arrived, in hexadecimal.
         actual: String,
     },
-    /// More has to be downloaded than there is room for.
-    #[error(
-        "{what} takes {} more, and {} has {} free", shown_bytes(*.needed_bytes), .directory.display(),
-        shown_bytes(*.free_bytes)
-    )]
-    NoSpace {
-        /// The model.
-        what: String,
-        /// What is still to be downloaded.
-        needed_bytes: u64,
-        /// What there is.
-        free_bytes: u64,
-        /// Where.
-        directory: PathBuf,
-    },
+    /// The disk has no room for the rest of a model.
+    #[error(transparent)]
+    NoSpace(#[from] NoSpace),
     /// A link of the cache that leads out of it.
     #[error("{} leads out of the cache, to {}", .path.display(), .target.display())]
     Outside {
@@ -256,11 +244,7 @@ impl Hint for FetchError {
                 quoted(model)
             )),
             Self::Download { .. } => Some("run it again; what has arrived is kept".into()),
-            Self::NoSpace { .. } => Some(
-                "make room with `mesh-llm models prune` and `mesh-llm models remove MODEL`, or set HF_HOME to a directory on \
-                 another disk"
-                    .into(),
-            ),
+            Self::NoSpace(error) => error.hint(),
             Self::Outside { .. } => Some(
                 "a cache holds links to its own files alone; remove this one, and run the command again to download the file"
                     .into(),
@@ -320,6 +304,32 @@ fn search(model: &str) -> String {
     let repo = model.split(['@', ':']).next().unwrap_or(model);
     let name = repo.split('/').nth(1).unwrap_or(repo);
     format!("mesh-llm models search {}", quoted(name))
+}
+
+/// A disk that is too full.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{what} takes {} more, and {} has {} free", shown_bytes(*.needed_bytes), .directory.display(), shown_bytes(*.free_bytes)
+)]
+pub struct NoSpace {
+    /// The model.
+    pub what: String,
+    /// What is still to be written.
+    pub needed_bytes: u64,
+    /// What there is.
+    pub free_bytes: u64,
+    /// Where.
+    pub directory: PathBuf,
+}
+
+impl Hint for NoSpace {
+    fn hint(&self) -> Option<String> {
+        Some(
+            "make room with `mesh-llm models prune` and `mesh-llm models remove MODEL`, or set HF_HOME to a directory on \
+             another disk"
+                .into(),
+        )
+    }
 }
 
 /// Turning a GGUF into an MLX directory, or into a GGUF of plain floats.
@@ -392,6 +402,9 @@ pub enum ImportError {
         /// The output.
         path: PathBuf,
     },
+    /// The disk has no room for the output.
+    #[error(transparent)]
+    NoSpace(#[from] NoSpace),
     /// The output could not be written.
     #[error("{}: {source}", .path.display())]
     Io {
@@ -419,6 +432,7 @@ impl Hint for ImportError {
             Self::UnknownTensor { .. } => Some("serve the GGUF itself with --gguf".into()),
             Self::Probe(error) => error.hint(),
             Self::Exists { .. } => Some("remove it, or choose another place".into()),
+            Self::NoSpace(error) => error.hint(),
             Self::Io { .. } => Some("check permissions and free space".into()),
         }
     }

@@ -19,12 +19,16 @@ use mesh_core::{ProbeError, ProgressSink, Stage};
 use serde::Deserialize;
 
 use crate::{
+    disk,
     error::ImportError,
     gguf::{Block, Gguf, MAGIC, Malformed, Packing, Tensor, TensorType},
 };
 
 /// Goes into the names of unpacked models, so that a changed unpacking is done again.
 pub(crate) const VERSION: u32 = 1;
+
+/// How files begin that are not unpacked whole yet.
+pub(crate) const WORK: &str = ".unpack-";
 
 /// The GGUF version that is written.
 const GGUF_VERSION: u32 = 3;
@@ -127,8 +131,10 @@ pub fn unpack_gguf(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
+    let bytes = outputs.iter().map(|output| output.bytes()).sum();
+    disk::check(&out.to_string_lossy(), bytes, disk::free(parent), parent)?;
     fs::create_dir_all(parent).map_err(ImportError::io(parent))?;
-    let work = tempfile::Builder::new().prefix(".unpack-").tempfile_in(parent).map_err(ImportError::io(parent))?;
+    let work = tempfile::Builder::new().prefix(WORK).tempfile_in(parent).map_err(ImportError::io(parent))?;
     let mut writer = BufWriter::new(work.as_file());
     let written = |result: io::Result<()>| result.map_err(ImportError::io(out));
     written(write_header(&mut writer, &metadata, &outputs, file.alignment()))?;

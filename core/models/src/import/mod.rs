@@ -24,12 +24,15 @@ use std::{
 use mesh_core::{ProgressSink, Stage};
 use serde_json::Value;
 
-use crate::{error::ImportError, gguf::Gguf};
+use crate::{disk, error::ImportError, gguf::Gguf};
 
 pub use measure::Imported;
 
 /// Goes into the names of imported directories, so that a changed import is made again.
 pub(crate) const VERSION: u32 = 2;
+
+/// How directories begin that an import has not finished.
+pub(crate) const WORK: &str = ".import-";
 
 /// What becomes of blocks that no MLX mode has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,8 +110,10 @@ fn import(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
+    let bytes = outputs.iter().map(|output| output.bytes() as u64).sum();
+    disk::check(&out.to_string_lossy(), bytes, disk::free(parent), parent)?;
     fs::create_dir_all(parent).map_err(ImportError::io(parent))?;
-    let work = tempfile::Builder::new().prefix(".import-").tempdir_in(parent).map_err(ImportError::io(parent))?;
+    let work = tempfile::Builder::new().prefix(WORK).tempdir_in(parent).map_err(ImportError::io(parent))?;
     for (name, content) in [
         ("config.json", &config),
         ("generation_config.json", &generation_config),

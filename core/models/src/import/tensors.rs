@@ -117,7 +117,8 @@ impl Output<'_> {
         Cow::Owned(out)
     }
 
-    fn bytes(&self) -> usize {
+    /// Its size where it is written.
+    pub fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
 }

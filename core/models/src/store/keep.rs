@@ -8,8 +8,9 @@ use super::{Checked, Entry, Found, Freed, IMPORTS, MODELS, Store, Want, asked, h
 use crate::{
     error::FetchError,
     hub::{self, Asked, Verdict},
-    mirror,
+    import, mirror,
     reference::{HubRef, Reference},
+    unpack,
 };
 
 /// Most repositories that a search gives.
@@ -112,12 +113,15 @@ impl Store {
     /// interrupted downloads left.
     pub fn prune(&self) -> Result<Freed, FetchError> {
         let mut freed = self.hub.prune()?;
+        let leftovers = [(mirror::WORK, "a download"), (unpack::WORK, "an unpacked file"), (import::WORK, "an import")];
         for kept in [MODELS, IMPORTS] {
-            for directory in super::subdirectories(&self.cache.join(kept)) {
+            let root = self.cache.join(kept);
+            for directory in super::subdirectories(&root).into_iter().chain([root]) {
                 for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
                     let name = entry.file_name().to_string_lossy().into_owned();
-                    if name.starts_with(mirror::WORK) && is_old(&entry.path()) {
-                        freed.remove(&entry.path(), format!("{kept}: part of a download {name}"))?;
+                    let left = leftovers.iter().find(|(prefix, _)| name.starts_with(prefix));
+                    if let Some((_, what)) = left.filter(|_| is_old(&entry.path())) {
+                        freed.remove(&entry.path(), format!("{kept}: part of {what}, {name}"))?;
                     }
                 }
             }

@@ -336,3 +336,26 @@ async fn searches_find_names_without_a_network() {
     assert_eq!(names(house.store.search("lfm2 350m mlx").await.unwrap()).len(), 1, "the catalog is enough");
     assert!(matches!(house.store.search("o/r").await, Err(FetchError::Unreachable { .. })));
 }
+
+#[test]
+fn what_was_left_behind_is_pruned_once_it_is_old() {
+    let house = house(&[], true);
+    let cache = house.root.path().join("cache");
+    let old = std::time::SystemTime::now() - std::time::Duration::from_secs(25 * 60 * 60);
+    let mut left = Vec::new();
+    for (directory, name) in
+        [(format!("{MODELS}/o"), ".fetch-1"), (IMPORTS.into(), ".import-1"), (format!("{MODELS}/o"), ".unpack-1")]
+    {
+        let path = cache.join(directory).join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, b"half").unwrap();
+        left.push(path);
+    }
+    assert_eq!(house.store.prune().unwrap().bytes, 0, "somebody may be writing them now");
+    for path in &left {
+        fs::File::options().write(true).open(path).unwrap().set_modified(old).unwrap();
+    }
+    let freed = house.store.prune().unwrap();
+    assert_eq!((freed.bytes, freed.what.len()), (12, 3), "{freed:?}");
+    assert!(left.iter().all(|path| !path.exists()));
+}
