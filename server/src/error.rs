@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use mesh_core::{EngineError, Hint, SubmitError, TemplateError};
+use mesh_core::{
+    EngineError, Hint, SubmitError, TemplateError,
+    node::{Rejection, RejectionKind},
+};
 use mesh_text::ConstraintError;
 use warp::{
     Reply,
@@ -280,6 +283,7 @@ impl From<PipelineError> for ApiError {
             PipelineError::NoStrict => Self::invalid("unsupported_parameter", message).param("tools"),
             PipelineError::NoEcho => Self::invalid("unsupported_parameter", message).param("echo"),
             PipelineError::Submit(error) => Self::submit(error, message),
+            PipelineError::Rejected(rejection) => rejection.into(),
             PipelineError::Engine(error) => error.into(),
             PipelineError::TokensUnknown => Self::invalid("unsupported", message).param("model"),
             PipelineError::NoEmbeddings => Self::invalid("unsupported", message).param("model"),
@@ -309,6 +313,37 @@ impl ApiError {
             SubmitError::Grammar { .. } => Self::invalid("invalid_schema", message).param("response_format"),
             SubmitError::Unsupported { knob } => Self::invalid("unsupported_parameter", message).param(knob.field()),
         }
+    }
+}
+
+/// A request that another machine turned down is turned down in the same words here.
+impl From<Rejection> for ApiError {
+    fn from(rejection: Rejection) -> Self {
+        let Rejection { kind, code, message, param, retry_after } = rejection;
+        let (status, whose) = match kind {
+            RejectionKind::Invalid => (StatusCode::BAD_REQUEST, INVALID),
+            RejectionKind::NotFound => (StatusCode::NOT_FOUND, INVALID),
+            RejectionKind::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, SERVER),
+            RejectionKind::Failed => (StatusCode::INTERNAL_SERVER_ERROR, SERVER),
+        };
+        let mut error = Self { retry_after, ..Self::new(status, whose, &code, message) };
+        error.object.param = param;
+        error
+    }
+}
+
+/// And the way there.
+impl From<ApiError> for Rejection {
+    fn from(error: ApiError) -> Self {
+        let ApiError { status, object, retry_after } = error;
+        let kind = match status {
+            StatusCode::NOT_FOUND => RejectionKind::NotFound,
+            StatusCode::SERVICE_UNAVAILABLE => RejectionKind::Unavailable,
+            status if status.is_client_error() => RejectionKind::Invalid,
+            _ => RejectionKind::Failed,
+        };
+        let ErrorObject { message, code, param, .. } = object;
+        Self { kind, code: code.unwrap_or_default(), message, param, retry_after }
     }
 }
 

@@ -203,6 +203,11 @@ impl ServedModel {
         })
     }
 
+    /// Whether its engine takes conversations whole, and everything else that is made of them here for others.
+    pub(crate) fn takes_conversations(&self) -> bool {
+        self.handle.capabilities().prompt == PromptForm::Chat
+    }
+
     /// The tokenizer that came with the model, if one did: read when it is first asked for, where the engine does without.
     pub(crate) async fn own_tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
         if let Some(tokenizer) = &self.tokenizer {
@@ -271,7 +276,7 @@ impl ServedModel {
 
     /// What turns the engine's tokens into text, where it gives tokens. Special tokens named in `keep` stay in.
     pub(crate) fn decoder(&self, keep: &[&str], continues: bool) -> Option<StreamDecoder> {
-        if self.handle.capabilities().output == OutputForm::Text {
+        if self.handle.capabilities().output != OutputForm::Tokens {
             return None;
         }
         let keep = keep.iter().map(|token| (*token).to_owned()).collect();

@@ -2,18 +2,20 @@
 
 use std::{collections::BTreeSet, fmt};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::engine::Job;
 
 /// The form in which an engine takes a prompt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PromptForm {
     /// Token ids; whoever submits has the tokenizer.
     Tokens,
     /// Rendered text; the engine has the tokenizer.
     Text,
+    /// Conversations; the engine has the templates and reads answers by itself, as one on another machine does.
+    Chat,
 }
 
 impl fmt::Display for PromptForm {
@@ -21,23 +23,26 @@ impl fmt::Display for PromptForm {
         f.write_str(match self {
             Self::Tokens => "tokens",
             Self::Text => "text",
+            Self::Chat => "chat",
         })
     }
 }
 
 /// The form in which an engine answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OutputForm {
     /// Token ids, one event each.
     Tokens,
     /// Text, already detokenized.
     Text,
+    /// Parts of an answer, read to the end.
+    Parts,
 }
 
 /// A request parameter that an engine may or may not honour. The names are those of the OpenAI API and its common
 /// extensions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum Knob {
@@ -93,7 +98,7 @@ impl fmt::Display for Knob {
 }
 
 /// What an engine accepts and promises.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities {
     /// How prompts are handed over.
     pub prompt: PromptForm,

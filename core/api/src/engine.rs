@@ -4,14 +4,16 @@ use std::{fmt, ops::Deref, pin::Pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::Stream;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
+    ask::Ask,
     backend::{BackendInfo, Device},
     capability::{Capabilities, Knob},
     constraint::Constraint,
     error::{EmbedError, EngineError, SubmitError},
+    node::{PartStream, Question, Rejection, Reply},
     sampling::Sampling,
 };
 
@@ -95,7 +97,7 @@ impl Job {
 }
 
 /// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// An end-of-text token.
@@ -105,7 +107,7 @@ pub enum FinishReason {
 }
 
 /// Tokens read and written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Tokens in the prompt.
     pub prompt_tokens: u32,
@@ -116,7 +118,7 @@ pub struct Usage {
 }
 
 /// Where the time went.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timings {
     /// Reading the prompt.
     pub prefill: Duration,
@@ -156,7 +158,7 @@ pub struct Embed {
 }
 
 /// How the last layer's states, after the last norm, become one vector.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pooling {
     /// Their mean.
@@ -167,7 +169,7 @@ pub enum Pooling {
 }
 
 /// Vectors for texts.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Embedded {
     /// One for each input, of length 1.
     pub vectors: Vec<Vec<f32>>,
@@ -270,6 +272,19 @@ pub trait Engine: Send + Sync {
     async fn detokenize(&self, ids: &[u32]) -> Result<Option<String>, EngineError> {
         let _ = ids;
         Ok(None)
+    }
+
+    /// Answers a request whole, from engines that take conversations ([`PromptForm::Chat`](crate::PromptForm)). Dropping
+    /// the stream cancels it within one step.
+    async fn answer(&self, ask: Ask) -> Result<PartStream, Rejection> {
+        let _ = ask;
+        Err(Rejection::failed("the engine does not take conversations"))
+    }
+
+    /// Answers what can be said without generating, from the same engines.
+    async fn reply(&self, question: Question) -> Result<Reply, Rejection> {
+        let _ = question;
+        Err(Rejection::failed("the engine does not take questions"))
     }
 
     /// Refuses new jobs, lets running ones finish for `grace`, cancels the rest, gives back what it holds, and returns

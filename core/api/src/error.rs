@@ -3,6 +3,8 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     capability::{Knob, PromptForm},
     election::Refusal,
@@ -272,7 +274,8 @@ pub enum SubmitError {
 }
 
 /// A job that was admitted and could not be finished.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "snake_case")]
 pub enum EngineError {
     /// The engine broke.
     #[error("the engine failed: {what}")]

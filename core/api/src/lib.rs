@@ -4,12 +4,16 @@
 //! - [`family`]: who a model is and how it talks; its graph lives in `mesh-graph`.
 //! - [`backend`], [`capability`], [`election`]: who can serve it, how well, and who is chosen.
 //! - [`engine`]: a loaded model: jobs in, events out.
+//! - [`ask`], [`answer`]: a request and its answer, as all surfaces and nodes have them; [`node`]: machines that serve for one
+//!   another.
 //! - [`queue`]: who waits for a place in an engine, and for how long.
 //! - [`sampling`], [`constraint`], [`formats`], [`chat`]: what a request says.
 //! - [`registry`]: discovery of what the binary links.
 //! - [`error`]: one small enum for each moment that can fail.
 
 pub mod anatomy;
+pub mod answer;
+pub mod ask;
 pub mod backend;
 pub mod capability;
 pub mod chat;
@@ -19,6 +23,7 @@ pub mod engine;
 pub mod error;
 pub mod family;
 pub mod formats;
+pub mod node;
 pub mod profile;
 pub mod progress;
 pub mod queue;
@@ -30,6 +35,7 @@ pub mod sampling;
 pub use inventory as __inventory;
 
 pub use anatomy::{Kept, Part, Stored};
+pub use answer::Delta;
 pub use backend::{BackendInfo, Device, DeviceKind, Host, InferenceBackend, LoadPlan, Need, OptIn};
 pub use capability::{Capabilities, Knob, OutputForm, PromptForm};
 pub use constraint::{Constraint, Follower, Grammar, Rules};

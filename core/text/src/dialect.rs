@@ -6,7 +6,10 @@
 
 use std::sync::OnceLock;
 
-use mesh_core::registry::{Registry, RegistryError};
+use mesh_core::{
+    Delta,
+    registry::{Registry, RegistryError},
+};
 use serde::Serialize;
 
 use crate::tools::Tools;
@@ -18,29 +21,6 @@ pub struct ParserContext {
     pub prompt_opens_reasoning: bool,
     /// The tools that the request offers. Without any, text that looks like a call is content.
     pub tools: Tools,
-}
-
-/// A piece of an answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Delta {
-    /// Text for the user.
-    Content(String),
-    /// Text of the reasoning.
-    Reasoning(String),
-    /// A whole tool call.
-    ToolCall {
-        /// Counts the calls of one answer from 0.
-        index: u32,
-        /// The function's name.
-        name: String,
-        /// The arguments: the text of a JSON object.
-        arguments: String,
-    },
-    /// A tool call that does not parse, as the model wrote it with its markers. Belongs to the content.
-    Malformed {
-        /// The text.
-        text: String,
-    },
 }
 
 /// How an answer shows where its reasoning begins and ends, for constraints that begin with the content.

@@ -28,8 +28,9 @@ pub use inventory as __inventory;
 pub use choice::{Choice, choose};
 pub use constraint::{ConstraintError, Vocabulary};
 pub use decoder::StreamDecoder;
+pub use mesh_core::Delta;
 pub use dialect::{
-    Answer, AnsweredCall, CallIds, CallSchema, Delta, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm,
+    Answer, AnsweredCall, CallIds, CallSchema, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm,
     assemble, dialects,
 };
 pub use mesh_core::error::TemplateError;

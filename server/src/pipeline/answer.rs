@@ -8,76 +8,25 @@ use std::{
 };
 
 use futures::{FutureExt, Stream, StreamExt, future::BoxFuture};
-use mesh_core::{EngineError, Event, EventStream, FinishReason, Timings, Usage};
-use mesh_text::{Answer, Delta, DialectParser, StopFilter, StreamDecoder, assemble};
+use mesh_core::{
+    Delta, EngineError, Event, EventStream, FinishReason, Timings, Usage,
+    answer::{Finish, Finished, Part},
+    node::PartStream,
+};
+use mesh_text::{Answer, DialectParser, StopFilter, StreamDecoder, assemble};
 
 use super::{
     CallIds,
     hand_over::{HandOver, InLine},
-    ledger::{Ledger, TokenText},
+    ledger::Ledger,
     prompt::Reader,
 };
 use crate::{lease::Lease, metrics::Watch, served::ServedModel};
 
-/// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// The engine's own reason.
-    Engine(FinishReason),
-    /// A stop string of the request.
-    StopString,
-    /// The model ended its turn to have tools called.
-    ToolCalls,
-}
-
-/// The end of an answer.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Finished {
-    /// Why.
-    pub finish: Finish,
-    /// How many tokens.
-    pub usage: Usage,
-    /// How long, where the engine came to say it.
-    pub timings: Option<Timings>,
-    /// The stop string that ended it, if one did.
-    pub stopped_by: Option<String>,
-    /// Of the tokens generated, how many were reasoning.
-    pub reasoning_tokens: u32,
-    /// Tool calls that do not parse; they are part of the content.
-    pub malformed_calls: u32,
-    /// The tokens that no earlier part reported. [`collect`] has all of them here.
-    pub tokens: Vec<TokenText>,
-    /// The mean of the tokens' log-probabilities, where the engine reported them.
-    pub logprob_mean: Option<f32>,
-}
-
-/// What an answer's stream yields. It ends with exactly one [`Part::Finished`] or one error.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Part {
-    /// The request waits for a place; so many are before it.
-    Queued {
-        /// Requests before it.
-        ahead: u32,
-    },
-    /// The prompt is being read: `done` of `total` tokens.
-    Prefill {
-        /// Tokens read.
-        done: u32,
-        /// Tokens in the prompt.
-        total: u32,
-    },
-    /// The tokens of the piece that follows, where probabilities are reported.
-    Tokens(Vec<TokenText>),
-    /// A piece of the answer.
-    Delta(Delta),
-    /// The end.
-    Finished(Finished),
-}
-
 /// The answer to one request. Holds the engine's stream; dropping it cancels the request.
 pub struct AnswerStream {
     /// None once the engine has nothing more to say, or is not listened to any more.
-    events: Option<EventStream>,
+    source: Option<Source>,
     decoder: Option<StreamDecoder>,
     stop: StopFilter,
     parser: Option<Box<dyn DialectParser>>,
@@ -98,7 +47,16 @@ pub struct AnswerStream {
     model: Arc<Lease>,
 }
 
+/// Where an answer comes from.
+enum Source {
+    /// An engine's events, to be read here.
+    Events(EventStream),
+    /// An answer that was read elsewhere.
+    Parts(PartStream),
+}
+
 /// How an answer is read.
+#[derive(Default)]
 pub(crate) struct Reading {
     /// Strings that end it.
     pub stop: Vec<String>,
@@ -117,13 +75,22 @@ pub(crate) struct Reading {
 impl AnswerStream {
     /// An answer made of `events`.
     pub(crate) fn new(model: Arc<Lease>, events: EventStream, reading: Reading) -> Self {
+        Self::of(model, Source::Events(events), reading)
+    }
+
+    /// An answer that was read by whoever gave it.
+    pub(crate) fn passed(model: Arc<Lease>, parts: PartStream, call_ids: CallIds) -> Self {
+        Self::of(model, Source::Parts(parts), Reading { call_ids, ..Reading::default() })
+    }
+
+    fn of(model: Arc<Lease>, source: Source, reading: Reading) -> Self {
         let Reading { stop, reader, prompt_tokens, echo, logprobs, call_ids } = reading;
         // A text completion continues its prompt, down to the space between them.
         let (markers, continues) = reader.as_ref().map_or((&[][..], true), |reader| (reader.markers, false));
         let chars = echo.as_ref().map_or(0, |echo| echo.chars().count());
         let echo = echo.filter(|echo| !echo.is_empty()).map(|echo| Part::Delta(Delta::Content(echo)));
         Self {
-            events: Some(events),
+            source: Some(source),
             decoder: model.decoder(markers, continues),
             stop: StopFilter::new(stop),
             calls_max: reader.as_ref().and_then(|reader| reader.calls_max),
@@ -186,7 +153,7 @@ impl AnswerStream {
                 let held = self.decoder.as_mut().map(StreamDecoder::finish).unwrap_or_default();
                 self.ledger.came(0, &held, Vec::new(), None);
                 self.text(&held);
-                if self.events.take().is_none() {
+                if self.source.take().is_none() {
                     return; // the held text completed a stop string, or a last call
                 }
                 let held = self.stop.finish();
@@ -195,6 +162,31 @@ impl AnswerStream {
                 self.finish(Finish::Engine(reason), Some(timings));
             }
         }
+    }
+
+    /// A part that is passed on as it is.
+    fn pass(&mut self, part: Part) {
+        match &part {
+            Part::Queued { ahead } => self.watch.event(&Event::Queued { ahead: *ahead }),
+            Part::Prefill { done, total } => {
+                self.watch.event(&Event::Prefill { done: *done, total: *total, cached: self.usage.cached_tokens });
+            }
+            Part::Tokens(_) => {}
+            Part::Delta(delta) => {
+                let (Delta::Content(text)
+                | Delta::Reasoning(text)
+                | Delta::Malformed { text }
+                | Delta::ToolCall { arguments: text, .. }) = delta;
+                self.watch.event(&Event::Text { text: String::new(), tokens: 1, logprobs: Vec::new() });
+                self.watch.text(text);
+            }
+            Part::Finished(finished) => {
+                self.source = None;
+                self.model.note_answer();
+                self.watch.finished(finished);
+            }
+        }
+        self.ready.push_back(part);
     }
 
     fn text(&mut self, text: &str) {
@@ -210,7 +202,7 @@ impl AnswerStream {
         self.parse(&output.text);
         if self.stopped_by.is_some() || self.called_enough() {
             // Nobody will read on: dropping the events is what cancels the job.
-            self.events = None;
+            self.source = None;
             self.finish(Finish::StopString, None);
         }
     }
@@ -304,11 +296,16 @@ impl Stream for AnswerStream {
                 }
                 continue;
             }
-            let Some(events) = &mut self.events else { return Poll::Ready(None) };
-            match ready!(events.poll_next_unpin(cx)) {
-                Some(Ok(event)) => self.admit(event),
+            let next = match &mut self.source {
+                None => return Poll::Ready(None),
+                Some(Source::Events(events)) => ready!(events.poll_next_unpin(cx)).map(|event| event.map(Ok)),
+                Some(Source::Parts(parts)) => ready!(parts.poll_next_unpin(cx)).map(|part| part.map(Err)),
+            };
+            match next {
+                Some(Ok(Ok(event))) => self.admit(event),
+                Some(Ok(Err(part))) => self.pass(part),
                 Some(Err(error)) => {
-                    self.events = None;
+                    self.source = None;
                     if let (EngineError::NotBegun { .. }, Some(hand_over)) = (&error, self.hand_over.take()) {
                         self.moving = Some(hand_over(self.model().clone()));
                         continue;
@@ -317,7 +314,7 @@ impl Stream for AnswerStream {
                     return Poll::Ready(Some(Err(error)));
                 }
                 None => {
-                    self.events = None;
+                    self.source = None;
                     self.watch.broke();
                     let what = "its events ended before the answer did".into();
                     return Poll::Ready(Some(Err(EngineError::Failed { what })));

@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
-use mesh_core::{Embed, Embedded, EngineError, Pooling};
+use mesh_core::{
+    Embed, Embedded, EngineError, Pooling,
+    node::{Question, Reply},
+};
 
-use super::{PipelineError, Subject, constraint::Wish, prompt};
+use super::{PipelineError, Subject, constraint::Wish, prompt, tokens};
 use crate::served::ServedModel;
 
 /// One vector for each of `inputs`, in order.
@@ -18,6 +21,12 @@ pub async fn embed(
         return Err(PipelineError::NoEmbeddings);
     }
     let asked = inputs.len();
+    if model.takes_conversations() {
+        return match model.handle.reply(Question::Embed { id, inputs, pooling }).await? {
+            Reply::Vectors(embedded) if embedded.vectors.len() == asked => Ok(embedded),
+            other => Err(tokens::unasked(&other)),
+        };
+    }
     let mut prompts = Vec::with_capacity(asked);
     for input in inputs {
         prompts.push(prompt::prepare(model, input, Wish::default(), false).await?.prompt);

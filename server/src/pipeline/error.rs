@@ -1,6 +1,6 @@
 //! Why a request could not be handed to a model.
 
-use mesh_core::{EmbedError, EngineError, Hint, SubmitError, TemplateError};
+use mesh_core::{EmbedError, EngineError, Hint, SubmitError, TemplateError, node::Rejection};
 use mesh_text::{ConstraintError, TokenizerError};
 
 /// A request that was not admitted.
@@ -55,6 +55,9 @@ pub enum PipelineError {
     /// The engine did not admit it.
     #[error(transparent)]
     Submit(#[from] SubmitError),
+    /// Another machine turned it down.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
     /// A part of the server broke.
     #[error("the server failed while preparing the prompt")]
     Panicked,
@@ -90,7 +93,7 @@ impl Hint for PipelineError {
             Self::Submit(SubmitError::Busy { .. }) => Some("try again shortly".into()),
             Self::Submit(SubmitError::Unsupported { knob }) => Some(format!("leave `{knob}` out")),
             Self::Submit(SubmitError::Empty) => Some("send a prompt that is not empty".into()),
-            Self::Submit(_) | Self::Tokenizer(_) | Self::Engine(_) | Self::Panicked => None,
+            Self::Submit(_) | Self::Rejected(_) | Self::Tokenizer(_) | Self::Engine(_) | Self::Panicked => None,
         }
     }
 }

@@ -5,39 +5,16 @@
 
 use std::{collections::VecDeque, mem};
 
-use mesh_core::{Candidate, TokenLogprob};
-use mesh_text::{Delta, Tokenizer};
+use mesh_core::{
+    Candidate, Delta, TokenLogprob,
+    answer::{Likely, TokenText},
+};
+use mesh_text::Tokenizer;
 
-/// A token of an answer, and what could have stood in its place.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenText {
-    /// The token.
-    pub chosen: Likely,
-    /// The likeliest ones, likeliest first.
-    pub top: Vec<Likely>,
-    /// Characters of the text before it.
-    pub offset_chars: usize,
-}
-
-/// A token and how likely it was.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Likely {
-    /// Its bytes, which need not be whole characters.
-    pub bytes: Vec<u8>,
-    /// The natural logarithm of its probability.
-    pub logprob: f32,
-}
-
-impl Likely {
-    fn of(candidate: Candidate, tokenizer: Option<&Tokenizer>) -> Self {
-        let bytes = candidate.bytes.or_else(|| tokenizer?.token_bytes(candidate.id)).unwrap_or_default();
-        Self { bytes, logprob: candidate.logprob }
-    }
-
-    /// Its text, where its bytes are whole characters; U+FFFD for others.
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.bytes).into_owned()
-    }
+/// A candidate with its bytes, which engines that give tokens leave to the tokenizer.
+fn likely(candidate: Candidate, tokenizer: Option<&Tokenizer>) -> Likely {
+    let bytes = candidate.bytes.or_else(|| tokenizer?.token_bytes(candidate.id)).unwrap_or_default();
+    Likely { bytes, logprob: candidate.logprob }
 }
 
 /// Tokens that came together, and where in the decoded text theirs is.
@@ -85,8 +62,8 @@ impl Ledger {
             self.logprob_sum += f64::from(chosen.logprob);
             self.logprobs += 1;
             if self.report {
-                let chosen = Likely::of(chosen, tokenizer);
-                let top = top.into_iter().map(|candidate| Likely::of(candidate, tokenizer)).collect();
+                let chosen = likely(chosen, tokenizer);
+                let top = top.into_iter().map(|candidate| likely(candidate, tokenizer)).collect();
                 let chars = chosen.text().chars().count();
                 texts.push(TokenText { chosen, top, offset_chars });
                 offset_chars += chars;

@@ -18,127 +18,19 @@ pub mod tokens;
 
 use std::sync::Arc;
 
-use mesh_core::{Grammar, Job, Knob, Sampling, chat::Message};
-use serde_json::{Map, Value};
+use mesh_core::{Job, Knob, Sampling};
 
-pub use answer::{AnswerStream, Finish, Finished, Part, collect};
+pub use answer::{AnswerStream, collect};
 pub use call_ids::CallIds;
 pub use choices::{Choices, likeliest};
 pub use error::PipelineError;
 pub use hand_over::InLine;
-pub use ledger::{Likely, TokenText};
+pub use mesh_core::{
+    answer::{Finish, Finished, Likely, Part, TokenText},
+    ask::{Ask, Chat, Effort, Subject, ToolChoice},
+};
 
 use crate::{lease::Lease, served::ServedModel};
-
-/// One request, translated and within its ranges.
-#[derive(Clone, Debug)]
-pub struct Ask {
-    /// Names it in logs.
-    pub id: String,
-    /// What is asked.
-    pub subject: Subject,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
-    /// Most tokens to generate; absent means up to the end of the context.
-    pub tokens_max: Option<u32>,
-    /// Tokens before which the answer does not end by itself.
-    pub tokens_min: Option<u32>,
-    /// Go on past end-of-text tokens.
-    pub ignore_eos: bool,
-    /// Alternatives to report with each token.
-    pub logprobs: Option<u32>,
-    /// Strings that end the answer and are not part of it.
-    pub stop: Vec<String>,
-    /// What the answer has to be.
-    pub grammar: Option<Grammar>,
-    /// Answers to write.
-    pub choices: u32,
-    /// Find out how likely each answer is, whether its tokens' probabilities are reported or not.
-    pub ranked: bool,
-    /// Put the prompt in front of the answer.
-    pub echo: bool,
-}
-
-impl Ask {
-    /// A request for the answer to `subject`, with nothing set.
-    pub fn new(id: impl Into<String>, subject: Subject) -> Self {
-        Self {
-            id: id.into(),
-            subject,
-            sampling: Sampling::default(),
-            tokens_max: None,
-            tokens_min: None,
-            ignore_eos: false,
-            logprobs: None,
-            stop: Vec::new(),
-            grammar: None,
-            choices: 1,
-            ranked: false,
-            echo: false,
-        }
-    }
-
-    /// The request for one of its answers, as it would be if it stood alone.
-    pub(crate) fn choice(&self, index: u32) -> Self {
-        let mut one = Self { choices: 1, ..self.clone() };
-        if index > 0 {
-            one.id = format!("{}-{index}", self.id);
-            one.sampling.seed = self.sampling.seed.map(|seed| seed.wrapping_add(index.into()));
-        }
-        one
-    }
-}
-
-/// What is asked.
-#[derive(Clone, Debug)]
-pub enum Subject {
-    /// The next message of a conversation.
-    Chat(Chat),
-    /// The continuation of a text.
-    Text(String),
-    /// The continuation of tokens, to which nothing is added.
-    Tokens(Vec<u32>),
-}
-
-/// A conversation to be continued.
-#[derive(Clone, Debug, Default)]
-pub struct Chat {
-    /// The messages so far.
-    pub messages: Vec<Message>,
-    /// Tools the model may call, as JSON schemas for the template.
-    pub tools: Vec<Value>,
-    /// Which of them it has to call.
-    pub tool_choice: ToolChoice,
-    /// The answer ends with its first call.
-    pub single_call: bool,
-    /// Further template variables.
-    pub kwargs: Map<String, Value>,
-    /// How much reasoning is asked for, if the request says.
-    pub effort: Option<Effort>,
-    /// Most tokens of reasoning.
-    pub thinking_tokens_max: Option<u32>,
-}
-
-/// Whether tools have to be called.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum ToolChoice {
-    /// The model decides.
-    #[default]
-    Auto,
-    /// One of them.
-    Required,
-    /// This one.
-    Named(String),
-}
-
-/// How much reasoning is asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Effort {
-    /// On or off: `enable_thinking`.
-    Switch(bool),
-    /// A named level: `reasoning_effort`. `none` switches it off.
-    Level(String),
-}
 
 /// Hands a request to the model and returns its answer as a stream, which keeps the lease. Dropping the stream cancels
 /// the request.
@@ -153,6 +45,15 @@ pub async fn open_all(model: Lease, asks: Vec<Ask>) -> Result<Vec<AnswerStream>,
     let model = Arc::new(model);
     let mut answers = Vec::new();
     for ask in asks {
+        if model.takes_conversations() {
+            let call_ids = CallIds::new(model.dialect.call_ids(), &ask.subject);
+            for choice in 0..ask.choices {
+                // What was admitted before is cancelled as it is dropped.
+                let parts = model.handle.answer(ask.choice(choice)).await?;
+                answers.push(AnswerStream::passed(model.clone(), parts, call_ids));
+            }
+            continue;
+        }
         let (seed, id) = (ask.sampling.seed, ask.id.clone());
         if ask.ranked && ask.logprobs.is_none() && !model.handle.capabilities().knobs.contains(&Knob::Logprobs) {
             let why = "is served by a backend that does not say how likely tokens are".into();

@@ -107,6 +107,7 @@ fn prepare_now(model: &ServedModel, subject: Subject, wish: Wish, echo: bool) ->
             let (prompt, landmarks) = match model.handle.capabilities().prompt {
                 PromptForm::Text => (Prompt::Text { text, add_special: false }, Landmarks::default()),
                 PromptForm::Tokens => in_tokens(model, &conversation, &text)?,
+                PromptForm::Chat => return Err(PipelineError::Panicked),
             };
             (prompt, landmarks, Some(reader), settled, None)
         }
@@ -136,6 +137,7 @@ fn plain(model: &ServedModel, subject: Subject, echo: bool) -> Result<(Prompt, O
             let prompt = match model.handle.capabilities().prompt {
                 PromptForm::Text => Prompt::Text { text, add_special: true },
                 PromptForm::Tokens => checked(model, tokenizer(model)?.encode(&text, true)?)?,
+                PromptForm::Chat => return Err(PipelineError::Panicked),
             };
             Ok((prompt, echoed))
         }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use mesh_core::{Prompt, SubmitError};
+use mesh_core::{
+    Prompt, SubmitError,
+    node::{Question, Rejection, Reply},
+};
 use mesh_text::{DecoderOptions, Tokenizer};
 
 use super::{Chat, PipelineError, Subject, constraint::Wish, prompt};
@@ -14,11 +17,20 @@ pub async fn render(
     chat: Chat,
     add_generation_prompt: bool,
 ) -> Result<String, PipelineError> {
+    if model.takes_conversations() {
+        return match model.handle.reply(Question::Render { chat, add_generation_prompt }).await? {
+            Reply::Text(text) => Ok(text),
+            other => Err(unasked(&other)),
+        };
+    }
     in_background(model, move |model| prompt::rendered(model, chat, add_generation_prompt)).await
 }
 
 /// The token ids of a text. Special tokens written in it are recognised.
 pub async fn tokenize(model: &Arc<ServedModel>, text: String, add_special: bool) -> Result<Vec<u32>, PipelineError> {
+    if model.takes_conversations() {
+        return Ok(elsewhere(model, text, add_special, false).await?.0);
+    }
     ids(model, text, add_special).await
 }
 
@@ -28,6 +40,9 @@ pub async fn pieces(
     text: String,
     add_special: bool,
 ) -> Result<(Vec<u32>, Vec<Vec<u8>>), PipelineError> {
+    if model.takes_conversations() {
+        return elsewhere(model, text, add_special, true).await;
+    }
     let ids = ids(model, text, add_special).await?;
     let mut pieces = Vec::with_capacity(ids.len());
     match model.own_tokenizer().await? {
@@ -43,6 +58,12 @@ pub async fn pieces(
 
 /// The text of token ids, special ones included.
 pub async fn detokenize(model: &Arc<ServedModel>, ids: Vec<u32>) -> Result<String, PipelineError> {
+    if model.takes_conversations() {
+        return match model.handle.reply(Question::Detokenize { ids }).await? {
+            Reply::Text(text) => Ok(text),
+            other => Err(unasked(&other)),
+        };
+    }
     if model.tokenizer.is_none()
         && let Some(text) = model.handle.detokenize(&ids).await?
     {
@@ -54,10 +75,40 @@ pub async fn detokenize(model: &Arc<ServedModel>, ids: Vec<u32>) -> Result<Strin
 
 /// How many tokens the prompt of a request has.
 pub async fn count(model: &Arc<ServedModel>, subject: Subject) -> Result<usize, PipelineError> {
+    if model.takes_conversations() {
+        return match model.handle.reply(Question::Count { subject }).await? {
+            Reply::Count(count) => Ok(usize::try_from(count).unwrap_or(usize::MAX)),
+            other => Err(unasked(&other)),
+        };
+    }
     match prompt::prepare(model, subject, Wish::default(), false).await?.prompt {
         Prompt::Tokens(ids) => Ok(ids.len()),
         Prompt::Text { text, add_special } => Ok(ids(model, text, add_special).await?.len()),
     }
+}
+
+/// Tokens of a text, by who takes conversations.
+async fn elsewhere(
+    model: &Arc<ServedModel>,
+    text: String,
+    add_special: bool,
+    pieces: bool,
+) -> Result<(Vec<u32>, Vec<Vec<u8>>), PipelineError> {
+    match model.handle.reply(Question::Tokenize { text, add_special, pieces }).await? {
+        Reply::Tokens { ids, pieces: found } if !pieces || ids.len() == found.len() => Ok((ids, found)),
+        other => Err(unasked(&other)),
+    }
+}
+
+/// A reply of another kind than the question's.
+pub(super) fn unasked(reply: &Reply) -> PipelineError {
+    let kind = match reply {
+        Reply::Text(_) => "a text",
+        Reply::Tokens { .. } => "tokens",
+        Reply::Count(_) => "a count",
+        Reply::Vectors(_) => "vectors",
+    };
+    Rejection::failed(format!("the machine that serves the model answered with {kind}, which nobody asked for")).into()
 }
 
 fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> Result<String, PipelineError> {
