@@ -35,6 +35,7 @@ const MESH_KEY: &str = "mesh.key";
 const MEMBERSHIP: &str = "membership.json";
 const INVITES: &str = "invites.json";
 const REVOKED: &str = "revoked.cbor";
+const ADDRESS: &str = "address.json";
 const PEERS: &str = "peers.json";
 const LOCK: &str = "lock";
 
@@ -109,8 +110,35 @@ pub struct Membership {
     pub mesh: PublicKey,
     /// The mesh's name, for people.
     pub mesh_name: String,
+    /// What members know and nobody else does: nodes show one another that they do before they say anything.
+    pub secret: Secret,
     /// What proves it.
     pub certificate: Signed<Certificate>,
+}
+
+/// What all members of a mesh know.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret([u8; 32]);
+
+impl Secret {
+    /// Bytes that only who knows it can make of `what`, for one `purpose` and no other.
+    pub fn derive(&self, purpose: &str, what: &[u8]) -> [u8; 32] {
+        let key = blake3::derive_key(purpose, &self.0);
+        *blake3::keyed_hash(&key, what).as_bytes()
+    }
+
+    /// What those look for on a network who look for this mesh. Tells nobody else which one it is.
+    pub fn tag(&self) -> String {
+        let tag = self.derive("mesh-llm 1 name on local networks", b"");
+        format!("mesh-llm-{}", tag[..5].iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    }
+}
+
+/// It is a secret.
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
 }
 
 /// An invitation as its writer remembers it: not its secret, but a hash.
@@ -194,6 +222,7 @@ impl Home {
         let membership = Membership {
             mesh: key.public(),
             mesh_name: mesh_name.to_owned(),
+            secret: Secret(rand::random()),
             certificate: certify(&key, node, SystemTime::now()),
         };
         self.write_json(MEMBERSHIP, &membership)?;
@@ -222,7 +251,7 @@ impl Home {
             return Err(HomeError::Creator { mesh: membership.mesh_name });
         }
         // The membership first: should the rest fail, the node is out all the same.
-        for name in [MEMBERSHIP, MESH_KEY, INVITES, REVOKED, PEERS] {
+        for name in [MEMBERSHIP, MESH_KEY, INVITES, REVOKED, PEERS, ADDRESS] {
             let path = self.directory.join(name);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != ErrorKind::NotFound => return Err(HomeError::Io { path, source }),
@@ -235,7 +264,7 @@ impl Home {
     /// Writes an invitation that is good for `lasting`, for as many nodes as want to, or for one.
     pub fn invite(&self, at: EndpointAddr, lasting: Duration, once: bool) -> Result<Ticket, HomeError> {
         let _lock = self.lock()?;
-        self.membership()?.ok_or(HomeError::NoMesh)?;
+        let own = self.membership()?.ok_or(HomeError::NoMesh)?;
         let key = self.mesh_key()?.ok_or(HomeError::NotTheCreator)?;
         let now = seconds(SystemTime::now());
         let mut invites = self.invites(now)?;
@@ -245,7 +274,7 @@ impl Home {
         let (secret, expires_s) = (rand::random::<[u8; 16]>(), now.saturating_add(lasting.as_secs()));
         invites.push(Invite { hash: hash(&secret), expires_s, once, used_by: BTreeSet::new() });
         self.write_json(INVITES, &invites)?;
-        Ok(Ticket::new(key.public(), at, secret, expires_s))
+        Ok(Ticket::new(key.public(), at, own.secret.tag(), secret, expires_s))
     }
 
     /// Lets a node in that shows a ticket's secret.
@@ -314,6 +343,17 @@ impl Home {
     pub fn remember_revocations(&self, list: &Signed<Revocations>) -> Result<(), HomeError> {
         let _lock = self.lock()?;
         self.write(REVOKED, &codec::encode(list))
+    }
+
+    /// Where this node can be reached, as its running server last said.
+    pub fn address(&self) -> Result<Option<EndpointAddr>, HomeError> {
+        self.read_json(ADDRESS)
+    }
+
+    /// Says where this node can be reached, for commands that write tickets.
+    pub fn remember_address(&self, address: &EndpointAddr) -> Result<(), HomeError> {
+        let _lock = self.lock()?;
+        self.write_json(ADDRESS, address)
     }
 
     /// Where others were last.

@@ -20,6 +20,8 @@ pub struct Ticket {
     pub mesh: PublicKey,
     /// The node that lets others in, and where it was last.
     pub at: EndpointAddr,
+    /// What to look for on a local network, should it be elsewhere by now.
+    pub tag: String,
     /// What it is told.
     pub secret: [u8; 16],
     /// When that is over, in seconds since 1970.
@@ -35,8 +37,8 @@ pub struct TicketError {
 
 impl Ticket {
     /// For `mesh`, to be used at `at`.
-    pub fn new(mesh: PublicKey, at: EndpointAddr, secret: [u8; 16], expires_s: u64) -> Self {
-        Self { version: VERSION, mesh, at, secret, expires_s }
+    pub fn new(mesh: PublicKey, at: EndpointAddr, tag: String, secret: [u8; 16], expires_s: u64) -> Self {
+        Self { version: VERSION, mesh, at, tag, secret, expires_s }
     }
 }
 
@@ -92,7 +94,7 @@ mod tests {
         let at = EndpointAddr::new(SecretKey::from_bytes(&[1; 32]).public())
             .with_ip_addr("192.0.2.1:4000".parse().unwrap())
             .with_ip_addr("[2001:db8::1]:4000".parse().unwrap());
-        Ticket::new(SecretKey::from_bytes(&[2; 32]).public(), at, [3; 16], 1_800_000_000)
+        Ticket::new(SecretKey::from_bytes(&[2; 32]).public(), at, "mesh-llm-0123456789".into(), [3; 16], 1_800_000_000)
     }
 
     #[test]

@@ -58,8 +58,11 @@ pub trait Signable: Serialize + DeserializeOwned {
 
 /// Bytes with a signature under them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(bound = "")]
 pub struct Signed<T> {
+    #[serde(with = "serde_bytes")]
     body: Vec<u8>,
+    #[serde(with = "serde_bytes")]
     signature: Vec<u8>,
     #[serde(skip)]
     kind: PhantomData<T>,

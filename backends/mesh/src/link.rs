@@ -1,0 +1,133 @@
+//! Connections between members: how they begin, and which of two is kept.
+
+use std::{sync::Arc, time::Duration};
+
+use iroh::{
+    EndpointAddr, EndpointId,
+    endpoint::{Connection, VarInt},
+};
+use tokio::time::timeout;
+
+use crate::{
+    node::Node,
+    trust::TrustError,
+    wire::{self, Card, Proof, STRANGER_BYTES_MAX, Side, WireError},
+};
+
+/// How long a connection may take until both sides know each other.
+pub const MEETING_MAX: Duration = Duration::from_secs(5);
+
+/// Why a connection was closed, in a word for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parting {
+    /// The other side did not prove that it is a member.
+    Stranger = 1,
+    /// There is another connection between the two.
+    Duplicate = 2,
+    /// This node goes.
+    Leaving = 3,
+    /// The other side was revoked.
+    Revoked = 4,
+    /// The other side asks for more than it may.
+    Greedy = 5,
+}
+
+impl Parting {
+    /// Closes a connection for this reason. Strangers are told nothing else.
+    pub fn close(self, connection: &Connection) {
+        connection.close(VarInt::from_u32(self as u32), b"");
+    }
+}
+
+/// Why two nodes did not come together.
+#[derive(Debug, thiserror::Error)]
+pub enum MeetError {
+    /// It did not answer.
+    #[error("it does not answer: {0}")]
+    Unreached(String),
+    /// It took too long.
+    #[error("it did not introduce itself within {} s", MEETING_MAX.as_secs())]
+    Slow,
+    /// The connection broke.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// It does not know the mesh's secret.
+    #[error("it does not know the mesh's secret")]
+    Stranger,
+    /// It is no member.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+}
+
+/// A connection to a member.
+#[derive(Clone, Debug)]
+pub struct Link {
+    /// The connection.
+    pub connection: Connection,
+    /// Who opened it.
+    pub dialler: EndpointId,
+    /// When the other side was started, in milliseconds since 1970.
+    pub incarnation: u64,
+}
+
+impl Link {
+    /// Whether it takes the place of another one to the same node. Both sides come to the same answer.
+    pub fn replaces(&self, other: &Self) -> bool {
+        if other.connection.close_reason().is_some() || self.incarnation > other.incarnation {
+            return true;
+        }
+        self.incarnation == other.incarnation && self.dialler <= other.dialler
+    }
+}
+
+/// Opens a connection to a node and makes acquaintance.
+pub async fn dial(node: &Arc<Node>, to: EndpointAddr) -> Result<Link, MeetError> {
+    let unreached = |error: String| MeetError::Unreached(error);
+    let meeting = async {
+        let connection =
+            node.endpoint.connect(to, wire::ALPN).await.map_err(|error| unreached(format!("{error:#}")))?;
+        match introduce(node, &connection).await {
+            Ok(card) => node.meet(connection, node.id, card).ok_or(MeetError::Unreached("it is known already".into())),
+            Err(error) => {
+                Parting::Stranger.close(&connection);
+                Err(error)
+            }
+        }
+    };
+    timeout(MEETING_MAX, meeting).await.map_err(|_| MeetError::Slow)?
+}
+
+async fn introduce(node: &Arc<Node>, connection: &Connection) -> Result<Card, MeetError> {
+    let ended = |error: iroh::endpoint::ConnectionError| WireError::Ended(error.to_string());
+    let (mut send, mut recv) = connection.open_bi().await.map_err(ended)?;
+    wire::write(&mut send, &Proof::of(&node.membership.secret, connection, Side::Dialler)?).await?;
+    let theirs: Proof = wire::expect(&mut recv, STRANGER_BYTES_MAX).await?;
+    if !theirs.is(&Proof::of(&node.membership.secret, connection, Side::Listener)?) {
+        return Err(MeetError::Stranger);
+    }
+    wire::write(&mut send, &node.card()).await?;
+    let card: Card = wire::expect(&mut recv, wire::CARD_BYTES_MAX).await?;
+    node.admit(connection.remote_id(), &card)?;
+    send.finish().ok();
+    Ok(card)
+}
+
+/// Takes a connection, and makes acquaintance before anything else is said.
+pub async fn welcome(node: &Arc<Node>, connection: &Connection) -> Result<Link, MeetError> {
+    let ended = |error: iroh::endpoint::ConnectionError| WireError::Ended(error.to_string());
+    let meeting = async {
+        let (mut send, mut recv) = connection.accept_bi().await.map_err(ended)?;
+        let theirs: Proof = wire::expect(&mut recv, STRANGER_BYTES_MAX).await?;
+        if !theirs.is(&Proof::of(&node.membership.secret, connection, Side::Dialler)?) {
+            return Err(MeetError::Stranger);
+        }
+        wire::write(&mut send, &Proof::of(&node.membership.secret, connection, Side::Listener)?).await?;
+        let card: Card = wire::expect(&mut recv, wire::CARD_BYTES_MAX).await?;
+        node.admit(connection.remote_id(), &card)?;
+        wire::write(&mut send, &node.card()).await?;
+        send.finish().ok();
+        let dialler = connection.remote_id();
+        node.meet(connection.clone(), dialler, card).ok_or(MeetError::Unreached("it is known already".into()))
+    };
+    timeout(MEETING_MAX, meeting).await.map_err(|_| MeetError::Slow)?
+}

@@ -1,0 +1,79 @@
+//! Requests of other nodes, answered here and nowhere else: what comes from elsewhere is never passed on.
+
+use std::sync::Arc;
+
+use futures::StreamExt;
+use iroh::endpoint::{RecvStream, SendStream};
+use mesh_core::node::{Local, Rejection, RejectionKind};
+
+use crate::{
+    link::Link,
+    node::Node,
+    wire::{self, CALL_BYTES_MAX, Call, Said, WireError},
+};
+
+/// Answers one request. An asker who leaves stops its answer.
+pub async fn serve(node: Arc<Node>, link: Link, send: SendStream, recv: RecvStream) {
+    let asker = link.connection.remote_id();
+    if let Err(error) = answer(&node, send, recv).await {
+        tracing::debug!(node = %asker.fmt_short(), %error, "a request was not answered to its end");
+    }
+    node.counts.add(asker, |count| count.served += 1);
+}
+
+async fn answer(node: &Arc<Node>, mut send: SendStream, mut recv: RecvStream) -> Result<(), WireError> {
+    let Some(call) = wire::read::<Call>(&mut recv, CALL_BYTES_MAX, Some(&node.budget)).await? else { return Ok(()) };
+    let Some(local) = node.local.get().cloned() else {
+        return say(&mut send, &Said::Rejected(nothing_here())).await;
+    };
+    let stopped = send.stopped();
+    let work = async {
+        match call {
+            Call::Ask { model, ask } => ask_of(&*local, &model, ask, &mut send).await,
+            Call::Question { model, question } => {
+                let said = match local.reply(&model, question).await {
+                    Ok(reply) => Said::Reply(reply),
+                    Err(rejection) => Said::Rejected(rejection),
+                };
+                say(&mut send, &said).await
+            }
+        }
+    };
+    tokio::select! {
+        done = work => done?,
+        // Dropping the work is what cancels it.
+        _ = stopped => return Err(WireError::Ended("nobody listens any more".into())),
+        () = node.over.cancelled() => return Err(WireError::Ended("this node goes".into())),
+    }
+    send.finish().ok();
+    Ok(())
+}
+
+async fn ask_of(
+    local: &dyn Local,
+    model: &str,
+    ask: mesh_core::ask::Ask,
+    send: &mut SendStream,
+) -> Result<(), WireError> {
+    let mut parts = match local.answer(model, ask).await {
+        Ok(parts) => parts,
+        Err(rejection) => return say(send, &Said::Rejected(rejection)).await,
+    };
+    say(send, &Said::Admitted).await?;
+    while let Some(part) = parts.next().await {
+        match part {
+            Ok(part) => say(send, &Said::Part(part)).await?,
+            Err(error) => return say(send, &Said::Broke(error)).await,
+        }
+    }
+    Ok(())
+}
+
+async fn say(send: &mut SendStream, said: &Said) -> Result<(), WireError> {
+    wire::write(send, said).await
+}
+
+/// For requests that come before there is anything, or after.
+fn nothing_here() -> Rejection {
+    Rejection::new(RejectionKind::NotFound, "model_not_found", "no model is served there")
+}

@@ -1,0 +1,380 @@
+//! What a node does all the time, each a task of its own. They end with the node.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use iroh::{
+    EndpointAddr, EndpointId,
+    endpoint::{AfterHandshakeOutcome, Connection, EndpointHooks, VarInt},
+    protocol::{AcceptError, ProtocolHandler},
+};
+use iroh_gossip::{
+    api::{Event, GossipReceiver, GossipSender, GossipTopic, JoinOptions},
+    net::Gossip,
+    proto::TopicId,
+};
+use iroh_mdns_address_lookup::{DiscoveryEvent, MdnsAddressLookup};
+use mesh_peers::cadence;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout},
+};
+
+use crate::{
+    adverts::Gossiped,
+    home::{Denied, Home},
+    link::{self, Link, MEETING_MAX, Parting},
+    node::{Admitted, Node},
+    serving,
+    wire::{self, GOSSIP_ALPN, Join, Joined, STRANGER_BYTES_MAX},
+};
+
+/// Connections of strangers that are listened to at the same time.
+const STRANGERS_MAX: usize = 64;
+/// Connections that are opened at the same time.
+const DIALS_MAX: usize = 8;
+/// Connections that are kept to others without being asked; beyond, gossip and requests make theirs.
+const LINKS_WANTED: usize = 48;
+/// Changes that come together are told together.
+const GATHER: Duration = Duration::from_millis(20);
+/// How often the files are looked at that commands change.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Keeps everybody out of gossip who is no member.
+#[derive(Debug)]
+pub struct Gate(pub Admitted);
+
+impl EndpointHooks for Gate {
+    async fn after_handshake<'a>(&'a self, connection: &'a Connection) -> AfterHandshakeOutcome {
+        if connection.alpn() != GOSSIP_ALPN || self.0.contains(&connection.remote_id()) {
+            return AfterHandshakeOutcome::Accept;
+        }
+        AfterHandshakeOutcome::Reject { error_code: VarInt::from_u32(Parting::Stranger as u32), reason: Vec::new() }
+    }
+}
+
+/// Takes connections of those who say that they are members.
+#[derive(Clone)]
+pub struct Listening {
+    node: Arc<Node>,
+    strangers: Arc<Semaphore>,
+}
+
+impl std::fmt::Debug for Listening {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listening")
+    }
+}
+
+impl Listening {
+    /// For a node.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, strangers: Arc::new(Semaphore::new(STRANGERS_MAX)) }
+    }
+}
+
+impl ProtocolHandler for Listening {
+    async fn accept(&self, connection: Connection) -> Result<(), AcceptError> {
+        let Ok(place) = self.strangers.try_acquire() else {
+            Parting::Greedy.close(&connection);
+            return Ok(());
+        };
+        let welcomed = link::welcome(&self.node, &connection).await;
+        drop(place);
+        match welcomed {
+            // What is said over it is `attend`'s.
+            Ok(link) => drop(link.connection.closed().await),
+            Err(error) => {
+                tracing::debug!(node = %connection.remote_id().fmt_short(), %error, "not let in");
+                Parting::Stranger.close(&connection);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lets nodes in that have a ticket.
+#[derive(Debug)]
+pub struct Joining {
+    home: Home,
+    places: Semaphore,
+}
+
+impl Joining {
+    /// Into the mesh whose key is kept there.
+    pub fn new(home: Home) -> Self {
+        Self { home, places: Semaphore::new(STRANGERS_MAX) }
+    }
+
+    async fn talk(&self, connection: &Connection) -> Result<Joined, wire::WireError> {
+        let ended = |error: iroh::endpoint::ConnectionError| wire::WireError::Ended(error.to_string());
+        let (mut send, mut recv) = connection.accept_bi().await.map_err(ended)?;
+        let join: Join = wire::expect(&mut recv, STRANGER_BYTES_MAX).await?;
+        let (home, node) = (self.home.clone(), connection.remote_id());
+        let redeemed = tokio::task::spawn_blocking(move || {
+            home.redeem(&join.secret, node, std::time::SystemTime::now())
+        });
+        let joined = match redeemed.await.unwrap_or(Err(Denied::Unable)) {
+            Ok(membership) => Joined::Member(Box::new(membership)),
+            Err(denied) => Joined::Denied(denied),
+        };
+        wire::write(&mut send, &joined).await?;
+        send.finish().ok();
+        Ok(joined)
+    }
+}
+
+impl ProtocolHandler for Joining {
+    async fn accept(&self, connection: Connection) -> Result<(), AcceptError> {
+        let Ok(_place) = self.places.try_acquire() else {
+            Parting::Greedy.close(&connection);
+            return Ok(());
+        };
+        let node = connection.remote_id();
+        match timeout(MEETING_MAX, self.talk(&connection)).await {
+            Ok(Ok(Joined::Member(_))) => tracing::info!(node = %node, "a node joined the mesh"),
+            Ok(Ok(Joined::Denied(why))) => tracing::warn!(node = %node, %why, "a node may not join"),
+            Ok(Err(error)) => tracing::debug!(node = %node.fmt_short(), %error, "a node did not say what it wants"),
+            Err(_) => tracing::debug!(node = %node.fmt_short(), "a node took too long to say what it wants"),
+        }
+        // The other side closes when it has read the answer.
+        timeout(Duration::from_secs(2), connection.closed()).await.ok();
+        Parting::Stranger.close(&connection);
+        Ok(())
+    }
+}
+
+/// Everything that happens over a connection to a member: pulses both ways, and its requests.
+pub fn attend(node: &Arc<Node>, link: Link) {
+    let (node, tasks) = (node.clone(), node.tasks.clone());
+    tasks.spawn(async move {
+        let mut beat = interval(cadence::PULSE_IDLE);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let connection = &link.connection;
+        loop {
+            tokio::select! {
+                () = node.over.cancelled() => {
+                    Parting::Leaving.close(connection);
+                    break;
+                }
+                _ = beat.tick() => {
+                    // One that does not fit is left out: the connection is alive all the same.
+                    connection.send_datagram(node.pulse()).ok();
+                }
+                datagram = connection.read_datagram() => match datagram {
+                    Ok(bytes) => node.hear_pulse(&link, &bytes),
+                    Err(_) => break,
+                },
+                stream = connection.accept_bi() => match stream {
+                    Ok((send, recv)) => {
+                        node.tasks.spawn(serving::serve(node.clone(), link.clone(), send, recv));
+                    }
+                    Err(_) => break,
+                },
+            }
+        }
+        node.part(&link);
+    });
+}
+
+/// Starts them.
+pub fn start(node: &Arc<Node>, gossip: &Gossip, mdns: Option<MdnsAddressLookup>, news: mpsc::Receiver<Gossiped>) {
+    node.tasks.spawn(talk(node.clone(), gossip.clone(), news));
+    node.tasks.spawn(advertise(node.clone()));
+    node.tasks.spawn(reach(node.clone()));
+    node.tasks.spawn(look(node.clone()));
+    if let Some(mdns) = mdns {
+        node.tasks.spawn(discover(node.clone(), mdns));
+    }
+}
+
+/// Says what is new to everybody, and hears what others say.
+async fn talk(node: Arc<Node>, gossip: Gossip, mut news: mpsc::Receiver<Gossiped>) {
+    let topic = TopicId::from_bytes(node.membership.secret.derive("mesh-llm 1 topic of gossip", b""));
+    loop {
+        let bootstrap: Vec<EndpointId> = node.state().links.keys().copied().collect();
+        let topic = match gossip.subscribe_with_opts(topic, JoinOptions::with_bootstrap(bootstrap)).await {
+            Ok(topic) => topic,
+            Err(error) => {
+                tracing::error!(%error, "nothing can be heard of the mesh");
+                return;
+            }
+        };
+        let done = tokio::select! {
+            () = node.over.cancelled() => true,
+            () = chat(&node, topic, &mut news) => false,
+        };
+        if done {
+            return;
+        }
+        // What was missed comes with the next adverts.
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn chat(node: &Arc<Node>, topic: GossipTopic, news: &mut mpsc::Receiver<Gossiped>) {
+    let (sender, mut receiver): (GossipSender, GossipReceiver) = topic.split();
+    let mut changes = node.changes();
+    let mut again = interval(Duration::from_secs(1));
+    again.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            said = news.recv() => {
+                let Some(said) = said else { return };
+                if sender.broadcast(said.encode()).await.is_err() {
+                    return;
+                }
+            }
+            event = receiver.next() => match event {
+                Some(Ok(Event::Received(message))) => hear(node, &message.content),
+                Some(Ok(Event::NeighborUp(_))) => node.speak.notify_one(),
+                Some(Ok(Event::NeighborDown(_))) => {}
+                Some(Ok(Event::Lagged)) | Some(Err(_)) | None => return,
+            },
+            // Whoever is connected and no neighbour may be one: gossip decides how many it needs.
+            _ = changes.changed() => befriend(node, &sender, &receiver).await,
+            _ = again.tick() => befriend(node, &sender, &receiver).await,
+        }
+    }
+}
+
+/// Neighbours that gossip is to have, where there are so many.
+const NEIGHBOURS_WANTED: usize = 3;
+
+async fn befriend(node: &Arc<Node>, sender: &GossipSender, receiver: &GossipReceiver) {
+    let neighbours: Vec<EndpointId> = receiver.neighbors().collect();
+    let others: Vec<EndpointId> =
+        node.state().links.keys().filter(|id| !neighbours.contains(id)).copied().take(NEIGHBOURS_WANTED).collect();
+    if neighbours.len() < NEIGHBOURS_WANTED && !others.is_empty() {
+        sender.join_peers(others).await.ok();
+    }
+}
+
+fn hear(node: &Arc<Node>, bytes: &[u8]) {
+    match Gossiped::decode(bytes) {
+        Ok(Gossiped::Advert(shown)) => node.hear(*shown),
+        Ok(Gossiped::Loss(loss)) => node.hear_loss(loss),
+        Ok(Gossiped::Revocations(list)) => {
+            if let Err(error) = node.hear_revocations(&list) {
+                tracing::debug!(%error, "a list of revoked nodes does not count");
+            }
+        }
+        Err(error) => tracing::debug!(%error, "gossip that cannot be read"),
+    }
+}
+
+/// Tells everybody what is offered: when it changes, when somebody may not know it, and now and then.
+async fn advertise(node: Arc<Node>) {
+    let mut began = Instant::now();
+    loop {
+        let members = node.state().directory.len() + 1;
+        let local = node.local.get().map(|local| local.changes());
+        let changed = async {
+            match local {
+                Some(mut changes) => drop(changes.changed().await),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = node.over.cancelled() => return,
+            () = changed => {}
+            () = node.speak.notified() => sleep(GATHER).await,
+            () = sleep_until(began + cadence::heartbeat(members)) => {}
+        }
+        began = Instant::now();
+        let shown = node.advert(false);
+        node.news.send(Gossiped::Advert(Box::new(shown))).await.ok();
+    }
+}
+
+/// Connects to those it should be connected to.
+async fn reach(node: Arc<Node>) {
+    let mut tick = interval(Duration::from_millis(100));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let places = Arc::new(Semaphore::new(DIALS_MAX));
+    loop {
+        tokio::select! {
+            () = node.over.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        node.expire();
+        let links = node.state().links.len();
+        for id in node.to_dial(LINKS_WANTED.saturating_sub(links).min(places.available_permits())) {
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                node.dialled(id, false);
+                continue;
+            };
+            let node = node.clone();
+            node.tasks.clone().spawn(async move {
+                let outcome = link::dial(&node, EndpointAddr::new(id)).await;
+                if let Err(error) = &outcome {
+                    tracing::trace!(node = %id.fmt_short(), %error, "not reached");
+                }
+                node.dialled(id, outcome.is_ok());
+                drop(place);
+            });
+        }
+    }
+}
+
+/// Hears who is on the local network.
+async fn discover(node: Arc<Node>, mdns: MdnsAddressLookup) {
+    let mut events = mdns.subscribe().await;
+    loop {
+        let event = tokio::select! {
+            () = node.over.cancelled() => return,
+            event = events.next() => event,
+        };
+        match event {
+            Some(DiscoveryEvent::Discovered { endpoint_info, .. }) => node.see(endpoint_info.endpoint_id),
+            Some(_) => {}
+            None => return,
+        }
+    }
+}
+
+/// Looks at the files that commands change, and keeps those up that they read.
+async fn look(node: Arc<Node>) {
+    let mut tick = interval(LOOK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut address, mut peers) = (None, Vec::new());
+    loop {
+        tokio::select! {
+            () = node.over.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        let home = node.home.clone();
+        let found = tokio::task::spawn_blocking(move || (home.membership(), home.revocations())).await;
+        let Ok((membership, revocations)) = found else { continue };
+        if matches!(&membership, Ok(found) if found.as_ref().is_none_or(|found| found.mesh != node.membership.mesh)) {
+            tracing::info!("this node left the mesh");
+            leave(&node).await;
+            return;
+        }
+        if let Ok(Some(list)) = revocations
+            && let Ok(true) = node.hear_revocations(&list)
+        {
+            node.news.try_send(Gossiped::Revocations(list)).ok();
+        }
+        let now = node.endpoint.addr();
+        if address.as_ref() != Some(&now) && node.home.remember_address(&now).is_ok() {
+            address = Some(now);
+        }
+        let mut reachable = node.reachable().await;
+        reachable.sort_by_key(|peer| peer.id);
+        if !reachable.is_empty() && reachable != peers && node.home.remember_peers(&reachable).is_ok() {
+            peers = reachable;
+        }
+    }
+}
+
+/// Says goodbye, and gives the others a moment to hear it.
+pub async fn leave(node: &Arc<Node>) {
+    if node.over.is_cancelled() {
+        return;
+    }
+    let shown = node.advert(true);
+    node.news.send(Gossiped::Advert(Box::new(shown))).await.ok();
+    sleep(Duration::from_millis(200)).await;
+    node.over.cancel();
+}
