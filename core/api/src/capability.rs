@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, fmt};
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, IntoDeserializer},
+};
 
 use crate::engine::Job;
 
@@ -105,6 +108,7 @@ pub struct Capabilities {
     /// How answers come back.
     pub output: OutputForm,
     /// The request parameters that change what it does.
+    #[serde(deserialize_with = "known")]
     pub knobs: BTreeSet<Knob>,
     /// Longest prompt and answer together, in tokens.
     pub context_tokens_max: u32,
@@ -118,6 +122,53 @@ pub struct Capabilities {
     pub embeddings: bool,
     /// True if images are understood.
     pub vision: bool,
+}
+
+/// The parameters of these names that this program knows. Another machine's may have learned more, which nobody here asks
+/// for.
+fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeSet<Knob>, D::Error> {
+    struct Name(Option<Knob>);
+
+    impl<'de> Deserialize<'de> for Name {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Visitor;
+
+            impl de::Visitor<'_> for Visitor {
+                type Value = Name;
+
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str("a parameter's name")
+                }
+
+                fn visit_str<E: de::Error>(self, name: &str) -> Result<Name, E> {
+                    let known: Result<Knob, de::value::Error> = Knob::deserialize(name.into_deserializer());
+                    Ok(Name(known.ok()))
+                }
+            }
+
+            deserializer.deserialize_str(Visitor)
+        }
+    }
+
+    struct Names;
+
+    impl<'de> de::Visitor<'de> for Names {
+        type Value = BTreeSet<Knob>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("names of parameters")
+        }
+
+        fn visit_seq<A: de::SeqAccess<'de>>(self, mut names: A) -> Result<BTreeSet<Knob>, A::Error> {
+            let mut known = BTreeSet::new();
+            while let Some(Name(knob)) = names.next_element()? {
+                known.extend(knob);
+            }
+            Ok(known)
+        }
+    }
+
+    deserializer.deserialize_seq(Names)
 }
 
 impl Capabilities {

@@ -1,0 +1,69 @@
+//! How often nodes speak: seldom enough for a large mesh, often enough for a small one.
+
+use std::time::Duration;
+
+/// The shortest time between two adverts of a node that has nothing new to say.
+const HEARTBEAT_MIN: Duration = Duration::from_millis(1500);
+
+/// What each member adds to that: every node hears every heartbeat, so a mesh of any size has at most 50 a second.
+const HEARTBEAT_PER_MEMBER: Duration = Duration::from_millis(20);
+
+/// The longest. A mesh for which this is too short has outgrown being told of everybody.
+pub const HEARTBEAT_MAX: Duration = Duration::from_secs(100);
+
+/// Heartbeats that may get lost.
+const HEARTBEATS_A_LEASE: u32 = 3;
+
+/// The shortest lease.
+pub const LEASE_MIN: Duration = Duration::from_secs(5);
+
+/// The longest one.
+pub const LEASE_MAX: Duration = Duration::from_secs(300);
+
+/// Time between two pulses over a connection that is not used.
+pub const PULSE_IDLE: Duration = Duration::from_secs(1);
+
+/// Time between two pulses over a connection that was used in the last [`USED`], and between neighbours.
+pub const PULSE_USED: Duration = Duration::from_millis(250);
+
+/// For so long a connection counts as used.
+pub const USED: Duration = Duration::from_secs(30);
+
+/// The longest time to the next pulse that a node may announce.
+pub const PULSE_MAX: Duration = Duration::from_secs(10);
+
+/// After so many pulses that did not come, a connection counts as lost.
+pub const PULSES_MISSED_MAX: u32 = 3;
+
+/// Time between two adverts of a node that has nothing new to say, in a mesh of so many.
+pub fn heartbeat(members: usize) -> Duration {
+    let members = u32::try_from(members).unwrap_or(u32::MAX);
+    HEARTBEAT_PER_MEMBER.saturating_mul(members).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX)
+}
+
+/// For how long an advert holds, in a mesh of so many.
+pub fn lease(members: usize) -> Duration {
+    (heartbeat(members) * HEARTBEATS_A_LEASE).clamp(LEASE_MIN, LEASE_MAX)
+}
+
+/// Time to the next pulse over a connection that was used so long ago.
+pub fn pulse(unused: Duration) -> Duration {
+    if unused < USED { PULSE_USED } else { PULSE_IDLE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_nodes_speak_often_and_many_seldom() {
+        assert_eq!((heartbeat(0), lease(0)), (HEARTBEAT_MIN, LEASE_MIN));
+        assert_eq!((heartbeat(75), lease(75)), (HEARTBEAT_MIN, LEASE_MIN));
+        assert_eq!((heartbeat(1000), lease(1000)), (Duration::from_secs(20), Duration::from_secs(60)));
+        assert_eq!((heartbeat(usize::MAX), lease(usize::MAX)), (HEARTBEAT_MAX, LEASE_MAX));
+        for members in [1, 10, 100, 1000, 5000] {
+            assert!(members as f64 / heartbeat(members).as_secs_f64() <= 50.0);
+            assert!(lease(members) >= heartbeat(members) * 2);
+        }
+    }
+}
