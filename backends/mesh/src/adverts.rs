@@ -1,7 +1,7 @@
 //! Adverts as they pass between nodes: signed by who they are about, with what proves that it is a member.
 
 use bytes::Bytes;
-use iroh::EndpointId;
+use iroh::{EndpointAddr, EndpointId};
 use mesh_peers::advert::{Advert, AdvertError, Loss, MESSAGE_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -10,10 +10,21 @@ use crate::{
     trust::{Certificate, Judge, Revocations, Signable, Signed, TrustError},
 };
 
+/// Addresses that a node may say it has.
+pub const ADDRESSES_MAX: usize = 32;
 /// Largest message of gossip, in bytes: an advert, what proves it, and what gossip adds.
 pub const GOSSIP_BYTES_MAX: usize = MESSAGE_BYTES_MAX + (8 << 10);
 
-impl Signable for Advert {
+/// What a node says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spoken {
+    /// What it serves.
+    pub advert: Advert,
+    /// Where it can be reached.
+    pub at: EndpointAddr,
+}
+
+impl Signable for Spoken {
     const KIND: &'static str = "advert";
 }
 
@@ -25,7 +36,7 @@ pub struct Shown {
     /// That it is a member.
     pub certificate: Signed<Certificate>,
     /// What it says.
-    pub advert: Signed<Advert>,
+    pub spoken: Signed<Spoken>,
     /// How long ago it was heard, in milliseconds, where it is passed on.
     #[serde(default)]
     pub age_ms: u32,
@@ -59,18 +70,24 @@ pub enum Unheard {
     /// It is about somebody else than who signed it.
     #[error("an advert of another node than it is about")]
     Another,
+    /// It names too many addresses.
+    #[error("{0} addresses, and {ADDRESSES_MAX} are the most")]
+    Addresses(usize),
 }
 
 impl Shown {
     /// What it says, if a member says so.
-    pub fn open(&self, judge: &Judge) -> Result<Advert, Unheard> {
+    pub fn open(&self, judge: &Judge) -> Result<Spoken, Unheard> {
         judge.admit(self.node, &self.certificate)?;
-        let advert = self.advert.open(&self.node)?;
-        if advert.node.0 != *self.node.as_bytes() {
+        let spoken = self.spoken.open(&self.node)?;
+        if spoken.advert.node.0 != *self.node.as_bytes() || spoken.at.id != self.node {
             return Err(Unheard::Another);
         }
-        advert.check()?;
-        Ok(advert)
+        if spoken.at.addrs.len() > ADDRESSES_MAX {
+            return Err(Unheard::Addresses(spoken.at.addrs.len()));
+        }
+        spoken.advert.check()?;
+        Ok(spoken)
     }
 }
 

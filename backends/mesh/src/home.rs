@@ -71,7 +71,9 @@ pub enum HomeError {
     #[error("only the node that created the mesh can do that: it holds the mesh's key")]
     NotTheCreator,
     /// The creator leaves.
-    #[error("this node created the mesh `{mesh}` and holds its key; without it nobody can be invited or revoked any more")]
+    #[error(
+        "this node created the mesh `{mesh}` and holds its key; without it nobody can be invited or revoked any more"
+    )]
     Creator {
         /// The mesh's name.
         mesh: String,

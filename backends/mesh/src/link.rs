@@ -1,12 +1,18 @@
 //! Connections between members: how they begin, and which of two is kept.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use iroh::{
     EndpointAddr, EndpointId,
     endpoint::{Connection, VarInt},
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::{
     node::Node,
@@ -54,6 +60,9 @@ pub enum MeetError {
     /// It does not know the mesh's secret.
     #[error("it does not know the mesh's secret")]
     Stranger,
+    /// It was revoked, or this node goes.
+    #[error("the connection is not kept")]
+    Gone,
     /// It is no member.
     #[error(transparent)]
     Trust(#[from] TrustError),
@@ -68,9 +77,46 @@ pub struct Link {
     pub dialler: EndpointId,
     /// When the other side was started, in milliseconds since 1970.
     pub incarnation: u64,
+    /// Requests that pass over it, either way.
+    uses: Arc<AtomicUsize>,
+}
+
+/// A request that passes over a connection.
+#[derive(Debug)]
+pub struct Use(Arc<AtomicUsize>);
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Link {
+    /// Over a connection.
+    pub fn new(connection: Connection, dialler: EndpointId, incarnation: u64) -> Self {
+        Self { connection, dialler, incarnation, uses: Arc::default() }
+    }
+
+    /// Notes that a request passes over it, until that is dropped.
+    pub fn used(&self) -> Use {
+        self.uses.fetch_add(1, Ordering::Relaxed);
+        Use(self.uses.clone())
+    }
+
+    /// Closes it once nothing passes over it any more. The other side may not know yet that there is another one.
+    pub async fn retire(self) {
+        const GRACE: Duration = Duration::from_secs(2);
+        loop {
+            tokio::select! {
+                _ = self.connection.closed() => return,
+                () = sleep(GRACE) => {}
+            }
+            if self.uses.load(Ordering::Relaxed) == 0 {
+                return Parting::Duplicate.close(&self.connection);
+            }
+        }
+    }
+
     /// Whether it takes the place of another one to the same node. Both sides come to the same answer.
     pub fn replaces(&self, other: &Self) -> bool {
         if other.connection.close_reason().is_some() || self.incarnation > other.incarnation {
@@ -87,7 +133,7 @@ pub async fn dial(node: &Arc<Node>, to: EndpointAddr) -> Result<Link, MeetError>
         let connection =
             node.endpoint.connect(to, wire::ALPN).await.map_err(|error| unreached(format!("{error:#}")))?;
         match introduce(node, &connection).await {
-            Ok(card) => node.meet(connection, node.id, card).ok_or(MeetError::Unreached("it is known already".into())),
+            Ok(card) => node.meet(connection, node.id, card).ok_or(MeetError::Gone),
             Err(error) => {
                 Parting::Stranger.close(&connection);
                 Err(error)
@@ -127,7 +173,7 @@ pub async fn welcome(node: &Arc<Node>, connection: &Connection) -> Result<Link, 
         wire::write(&mut send, &node.card()).await?;
         send.finish().ok();
         let dialler = connection.remote_id();
-        node.meet(connection.clone(), dialler, card).ok_or(MeetError::Unreached("it is known already".into()))
+        node.meet(connection.clone(), dialler, card).ok_or(MeetError::Gone)
     };
     timeout(MEETING_MAX, meeting).await.map_err(|_| MeetError::Slow)?
 }

@@ -22,7 +22,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    adverts::{Gossiped, Shown},
+    adverts::{ADDRESSES_MAX, Gossiped, Shown, Spoken},
     counts::Counts,
     home::{Home, Membership},
     link::{Link, Parting},
@@ -213,10 +213,13 @@ impl Node {
         let now = self.now();
         let state = self.state();
         let own = state.own.as_ref().map(|(own, _)| own.clone());
-        let mut latest: Vec<_> = state.shown.values().filter(|(heard, _)| now.saturating_sub(*heard) < cadence::LEASE_MAX).collect();
+        let mut latest: Vec<_> =
+            state.shown.values().filter(|(heard, _)| now.saturating_sub(*heard) < cadence::LEASE_MAX).collect();
         latest.sort_by_key(|(heard, _)| std::cmp::Reverse(*heard));
         let mut bytes = 0;
-        let others = latest.into_iter().map(|(heard, shown)| Shown { age_ms: millis(now.saturating_sub(*heard)), ..shown.clone() });
+        let others = latest
+            .into_iter()
+            .map(|(heard, shown)| Shown { age_ms: millis(now.saturating_sub(*heard)), ..shown.clone() });
         let adverts = own.into_iter().chain(others);
         let adverts = adverts.take_while(|shown| {
             bytes += crate::codec::encode(shown).len();
@@ -240,37 +243,38 @@ impl Node {
         Ok(())
     }
 
-    /// Keeps a connection to a member, unless there is a better one.
+    /// Keeps a connection to a member, and gives the one to be used: there may be a better one.
     pub fn meet(self: &Arc<Self>, connection: Connection, dialler: EndpointId, card: Card) -> Option<Link> {
         let id = connection.remote_id();
-        let link = Link { connection, dialler, incarnation: card.incarnation };
-        {
+        let link = Link::new(connection, dialler, card.incarnation);
+        let (kept, retired) = {
             let mut state = self.state();
             // It may have been revoked while it introduced itself.
             if self.over.is_cancelled() || state.judge.is_revoked(&id) {
                 Parting::Stranger.close(&link.connection);
                 return None;
             }
-            if let Some(other) = state.links.get(&id)
-                && !link.replaces(other)
-            {
-                Parting::Duplicate.close(&link.connection);
-                return None;
-            }
-            if let Some(old) = state.links.insert(id, link.clone()) {
-                Parting::Duplicate.close(&old.connection);
-            }
+            let (kept, retired) = match state.links.get(&id) {
+                Some(other) if link.replaces(other) => (link.clone(), Some(other.clone())),
+                Some(other) => (other.clone(), Some(link.clone())),
+                None => (link.clone(), None),
+            };
+            state.links.insert(id, kept.clone());
             let known = state.known.entry(id).or_default();
             *known = Known::default();
-            state.directory.reached(node_id(id), round_trip(&link.connection), self.now());
-        }
+            state.directory.reached(node_id(id), round_trip(&kept.connection), self.now());
+            (kept, retired)
+        };
         for shown in card.adverts {
             self.hear(shown);
         }
         self.changed();
         tracing::debug!(node = %id.fmt_short(), "connected");
-        crate::tasks::attend(self, link.clone());
-        Some(link)
+        crate::tasks::attend(self, link);
+        if let Some(retired) = retired {
+            self.tasks.spawn(retired.retire());
+        }
+        Some(kept)
     }
 
     /// A connection ended. Unless another took its place, everybody is told that the node is lost.
@@ -278,7 +282,10 @@ impl Node {
         let id = link.connection.remote_id();
         let loss = {
             let mut state = self.state();
-            let current = state.links.get(&id).is_some_and(|current| current.connection.stable_id() == link.connection.stable_id());
+            let current = state
+                .links
+                .get(&id)
+                .is_some_and(|current| current.connection.stable_id() == link.connection.stable_id());
             if !current {
                 return;
             }
@@ -304,8 +311,8 @@ impl Node {
         }
         let heard = {
             let mut state = self.state();
-            let advert = match shown.open(&state.judge) {
-                Ok(advert) => advert,
+            let Spoken { advert, at: address } = match shown.open(&state.judge) {
+                Ok(spoken) => spoken,
                 Err(error) => {
                     tracing::debug!(node = %id.fmt_short(), %error, "an advert does not count");
                     return;
@@ -316,6 +323,7 @@ impl Node {
             let heard = state.directory.hear_aged(advert, age, now);
             match &heard {
                 Heard::New | Heard::Changed | Heard::Refreshed => {
+                    self.addresses.set_endpoint_info(address);
                     state.shown.insert(id, (at, shown));
                     if state.known.len() < KNOWN_MAX {
                         state.known.entry(id).or_default();
@@ -325,6 +333,7 @@ impl Node {
                     state.shown.remove(&id);
                     state.known.remove(&id);
                     state.affinity.forget(node_id(id));
+                    self.addresses.remove_endpoint_info(id);
                 }
                 Heard::Stale | Heard::Refused(_) => {}
             }
@@ -364,7 +373,9 @@ impl Node {
                     tracing::trace!(node = %link.connection.remote_id().fmt_short(), "a pulse of one who is not known");
                 }
             }
-            Err(error) => tracing::debug!(node = %link.connection.remote_id().fmt_short(), %error, "a pulse does not count"),
+            Err(error) => {
+                tracing::debug!(node = %link.connection.remote_id().fmt_short(), %error, "a pulse does not count")
+            }
         }
     }
 
@@ -405,7 +416,11 @@ impl Node {
             _ => Vec::new(),
         };
         if offers.len() > advert::OFFERS_MAX {
-            tracing::warn!(models = offers.len(), max = advert::OFFERS_MAX, "more models are ready than can be offered");
+            tracing::warn!(
+                models = offers.len(),
+                max = advert::OFFERS_MAX,
+                "more models are ready than can be offered"
+            );
             offers.truncate(advert::OFFERS_MAX);
         }
         let members = self.state().directory.len() + 1;
@@ -419,10 +434,12 @@ impl Node {
             leaving,
             offers: offers.iter().cloned().map(Arc::new).collect(),
         };
+        let mut at = self.endpoint.addr();
+        at.addrs = at.addrs.into_iter().take(ADDRESSES_MAX).collect();
         let shown = Shown {
             node: self.id,
             certificate: self.membership.certificate.clone(),
-            advert: Signed::new(&self.key, &advert),
+            spoken: Signed::new(&self.key, &Spoken { advert, at }),
             age_ms: 0,
         };
         self.state().own = Some((shown.clone(), offers));
@@ -476,7 +493,8 @@ impl Node {
         let now = self.now();
         let mut state = self.state();
         let State { known, links, .. } = &mut *state;
-        let due = known.iter_mut().filter(|(id, known)| !known.dialling && known.next <= now && !links.contains_key(id));
+        let due =
+            known.iter_mut().filter(|(id, known)| !known.dialling && known.next <= now && !links.contains_key(*id));
         let due = due.take(most).map(|(id, known)| {
             known.dialling = true;
             *id

@@ -14,7 +14,7 @@ use crate::{
 
 /// Answers one request. An asker who leaves stops its answer.
 pub async fn serve(node: Arc<Node>, link: Link, send: SendStream, recv: RecvStream) {
-    let asker = link.connection.remote_id();
+    let (asker, _use) = (link.connection.remote_id(), link.used());
     if let Err(error) = answer(&node, send, recv).await {
         tracing::debug!(node = %asker.fmt_short(), %error, "a request was not answered to its end");
     }
@@ -29,7 +29,7 @@ async fn answer(node: &Arc<Node>, mut send: SendStream, mut recv: RecvStream) ->
     let stopped = send.stopped();
     let work = async {
         match call {
-            Call::Ask { model, ask } => ask_of(&*local, &model, ask, &mut send).await,
+            Call::Ask { model, ask } => ask_of(&*local, &model, *ask, &mut send).await,
             Call::Question { model, question } => {
                 let said = match local.reply(&model, question).await {
                     Ok(reply) => Said::Reply(reply),

@@ -23,7 +23,7 @@ use tokio::{
 use crate::{
     adverts::Gossiped,
     home::{Denied, Home},
-    link::{self, Link, MEETING_MAX, Parting},
+    link::{self, Link, MEETING_MAX, MeetError, Parting},
     node::{Admitted, Node},
     serving,
     wire::{self, GOSSIP_ALPN, Join, Joined, STRANGER_BYTES_MAX},
@@ -84,6 +84,7 @@ impl ProtocolHandler for Listening {
         match welcomed {
             // What is said over it is `attend`'s.
             Ok(link) => drop(link.connection.closed().await),
+            Err(MeetError::Gone) => {}
             Err(error) => {
                 tracing::debug!(node = %connection.remote_id().fmt_short(), %error, "not let in");
                 Parting::Stranger.close(&connection);
@@ -111,9 +112,8 @@ impl Joining {
         let (mut send, mut recv) = connection.accept_bi().await.map_err(ended)?;
         let join: Join = wire::expect(&mut recv, STRANGER_BYTES_MAX).await?;
         let (home, node) = (self.home.clone(), connection.remote_id());
-        let redeemed = tokio::task::spawn_blocking(move || {
-            home.redeem(&join.secret, node, std::time::SystemTime::now())
-        });
+        let redeemed =
+            tokio::task::spawn_blocking(move || home.redeem(&join.secret, node, std::time::SystemTime::now()));
         let joined = match redeemed.await.unwrap_or(Err(Denied::Unable)) {
             Ok(membership) => Joined::Member(Box::new(membership)),
             Err(denied) => Joined::Denied(denied),

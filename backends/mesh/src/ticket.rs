@@ -15,7 +15,8 @@ const VERSION: u32 = 1;
 /// An invitation to a mesh. Whoever holds it may use it, as often and as long as who wrote it allows.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ticket {
-    version: u32,
+    /// Of this form.
+    pub version: u32,
     /// The mesh.
     pub mesh: PublicKey,
     /// The node that lets others in, and where it was last.
@@ -109,7 +110,9 @@ mod tests {
     #[test]
     fn others_are_refused_in_words() {
         let text = ticket().to_string();
-        for bad in ["", "mesh-", "hello", &text[..text.len() - 3], &text.replace("mesh-", "blob"), &"mesh-a".repeat(9999)] {
+        for bad in
+            ["", "mesh-", "hello", &text[..text.len() - 3], &text.replace("mesh-", "blob"), &"mesh-a".repeat(9999)]
+        {
             let error = bad.parse::<Ticket>().unwrap_err().to_string();
             assert!(error.contains("mesh invite"), "{error}");
         }

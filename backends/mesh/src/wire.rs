@@ -81,7 +81,8 @@ impl Budget {
 /// Writes a frame.
 pub async fn write(stream: &mut SendStream, value: &impl Serialize) -> Result<(), WireError> {
     let body = codec::encode(value);
-    let length = u32::try_from(body.len()).map_err(|_| WireError::TooLarge { bytes: body.len(), max: u32::MAX as usize })?;
+    let length =
+        u32::try_from(body.len()).map_err(|_| WireError::TooLarge { bytes: body.len(), max: u32::MAX as usize })?;
     // One write: a frame that fits leaves in one packet.
     let frame = [&length.to_be_bytes()[..], &body].concat();
     stream.write_all(&frame).await.map_err(|error| WireError::Ended(error.to_string()))
@@ -178,7 +179,7 @@ pub enum Call {
         /// The model, as it is called there.
         model: String,
         /// The request.
-        ask: Ask,
+        ask: Box<Ask>,
     },
     /// To be answered without generating.
     Question {
