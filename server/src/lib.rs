@@ -18,6 +18,7 @@ pub mod defaults;
 mod door;
 pub mod error;
 pub mod guard;
+pub mod hosting;
 pub mod lease;
 pub mod listen;
 pub mod measure;

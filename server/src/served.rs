@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -10,8 +11,8 @@ use std::{
 };
 
 use mesh_core::{
-    EngineHandle, Hint, ModelFamily, ModelProfile, OutputForm, PromptForm, RegistryError, Sampling, TemplateError,
-    Thinking, UnknownName,
+    EngineHandle, Fact, Hint, ModelFamily, ModelProfile, OutputForm, PromptForm, RegistryError, Sampling, Source,
+    TemplateError, Thinking, UnknownName, WeightFormat, node::ModelOffer,
 };
 use mesh_text::{
     ConstraintError, Dialect, StreamDecoder, Template, Tokenizer, TokenizerError, Vocabulary, choice, dialects,
@@ -27,6 +28,9 @@ use crate::{
 
 /// The name under which templates for conversations with tools are published.
 const TOOL_TEMPLATE: &str = "tool_use";
+
+/// The dialect of models whose own is not known.
+const PLAIN: &str = "plain";
 
 /// Prompts that are rendered and tokenized at the same time, over all requests to one model.
 const PREPARING_MAX: usize = 4;
@@ -201,6 +205,28 @@ impl ServedModel {
             default_template: voice.default_template,
             tool_template: voice.tool_template,
         })
+    }
+
+    /// A model that others serve, with an engine that takes conversations.
+    pub(crate) fn elsewhere(offer: &ModelOffer, handle: EngineHandle, manner: Manner) -> Result<Self, VoiceError> {
+        let dialects = dialects()?;
+        // Those that this program does not know have ids of calls as anybody has them.
+        let named = offer.dialect.as_deref().and_then(|id| dialects.get(id).ok());
+        let voice = Voice {
+            thinking: Thinking::Fixed,
+            shows_tools: offer.tools,
+            dialect: match named {
+                Some(dialect) => dialect,
+                None => dialects.get(PLAIN)?,
+            },
+            default_template: Err(TemplateError::None),
+            tool_template: None,
+        };
+        let source = Source::file("another machine's offer");
+        let format = Fact::new(offer.format.unwrap_or(WeightFormat::Safetensors), source);
+        let bytes = offer.weight_bytes.unwrap_or(0);
+        let profile = ModelProfile::of_files(offer.name.clone(), PathBuf::new(), Vec::new(), format, bytes);
+        Self::new(Arc::new(profile), voice, handle, Manner { generation_config: false, ..manner })
     }
 
     /// Whether its engine takes conversations whole, and everything else that is made of them here for others.

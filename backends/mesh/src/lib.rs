@@ -21,6 +21,7 @@ pub mod trust;
 pub mod wire;
 
 pub use home::{Home, HomeError, Membership};
+pub use iroh::{EndpointAddr, EndpointId, RelayUrl, SecretKey};
 pub use mesh::{Mesh, MeshError, Options, PORT};
 pub use mesh_peers::Policy;
 pub use ticket::{Ticket, TicketError};

@@ -16,9 +16,9 @@ use iroh_gossip::net::Gossip;
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use mesh_core::{
     BackendInfo, Device, DeviceKind, EngineHandle, Hint,
-    node::{Elsewhere, Local, NodeOffer, RemoteModel},
+    node::{Elsewhere, Here, Local, ModelOffer, NodeOffer, RemoteModel},
 };
-use mesh_peers::Policy;
+use mesh_peers::{Asked, Place, Policy, choose, place, policy::LocalState};
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::timeout};
 
@@ -236,6 +236,20 @@ impl Elsewhere for Mesh {
         Some((EngineHandle::new(&INFO, device, Arc::new(engine)), NodeOffer { node: first.name.clone(), offer }))
     }
 
+    fn goes_there(&self, name: &str, here: Here) -> bool {
+        let candidates = self.node.state().directory.offers(name, self.node.now());
+        let asked = Asked::default();
+        let best = choose(&candidates, &asked, &self.node.policy, self.node.incarnation)
+            .and_then(|choice| choice.ranked.first().map(|(_, expected)| *expected));
+        let local = match here {
+            Here::Cold => LocalState::Cold,
+            Here::Ready { running, waiting, parallel } => LocalState::Ready { running, waiting, parallel },
+        };
+        let (placed, why) = place(local, best.as_ref(), &self.node.policy);
+        tracing::debug!(model = name, ?placed, why, "where requests go");
+        placed == Place::There
+    }
+
     fn changes(&self) -> watch::Receiver<u64> {
         self.node.changes()
     }
@@ -245,11 +259,21 @@ impl Elsewhere for Mesh {
         let rows = self.node.state().directory.nodes(now);
         let nodes = rows.into_iter().map(|row| {
             let count = crate::node::endpoint_id(row.id).map(|id| self.node.counts.of(&id)).unwrap_or_default();
-            let mut line = serde_json::to_value(&row).unwrap_or_default();
-            if let (Value::Object(line), Ok(Value::Object(counts))) = (&mut line, serde_json::to_value(count)) {
-                line.extend(counts);
-            }
-            line
+            let offers: Vec<Value> = row.offers.iter().map(|offer| said(offer)).collect();
+            json!({
+                "id": row.id,
+                "name": row.name,
+                "offers": offers,
+                "connected": row.connected,
+                "routable": row.routable,
+                "age_s": row.age.as_secs_f64(),
+                "lease_left_s": row.lease_left.as_secs_f64(),
+                "round_trip_ms": row.round_trip.map(|trip| trip.as_secs_f64() * 1e3),
+                "sent": count.sent,
+                "failed": count.failed,
+                "failed_over": count.failed_over,
+                "served": count.served,
+            })
         });
         json!({
             "mesh": self.node.membership.mesh_name,
@@ -257,6 +281,24 @@ impl Elsewhere for Mesh {
             "nodes": nodes.collect::<Vec<_>>(),
         })
     }
+}
+
+/// An offer as a table shows it.
+fn said(offer: &ModelOffer) -> Value {
+    json!({
+        "name": offer.name,
+        "reference": offer.reference,
+        "revision": offer.revision,
+        "hash": offer.hash,
+        "backend": offer.backend,
+        "quantization": offer.quantization,
+        "context_length": offer.capabilities.context_tokens_max,
+        "parallel": offer.capabilities.requests_parallel_max,
+        "running": offer.load.running,
+        "waiting": offer.load.waiting,
+        "prefill_per_s": offer.load.prefill_per_s,
+        "decode_per_s": offer.load.decode_per_s,
+    })
 }
 
 async fn endpoint(

@@ -250,6 +250,22 @@ pub struct RemoteModel {
     pub nodes: Vec<NodeOffer>,
 }
 
+/// How a model is on this machine that others may have, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Here {
+    /// It has to be loaded first.
+    Cold,
+    /// It is loaded.
+    Ready {
+        /// Requests that are computed.
+        running: u32,
+        /// Requests in line.
+        waiting: u32,
+        /// Requests that are computed at the same time.
+        parallel: u32,
+    },
+}
+
 /// What a server does for requests that come from elsewhere. It serves what is ready there, and passes nothing on.
 #[async_trait]
 pub trait Local: Send + Sync {
@@ -277,6 +293,12 @@ pub trait Elsewhere: Send + Sync {
     /// An engine for the model of that name, or for the one on a certain machine (`model@node`); `None` if nobody offers
     /// it. Its prompts are [`PromptForm::Chat`](crate::PromptForm); each request finds its own way.
     fn engine(&self, name: &str) -> Option<(EngineHandle, NodeOffer)>;
+
+    /// Whether a request for the model goes there, though the model is here as well.
+    fn goes_there(&self, name: &str, here: Here) -> bool {
+        let _ = name;
+        here == Here::Cold
+    }
 
     /// Changes whenever the models do.
     fn changes(&self) -> watch::Receiver<u64>;

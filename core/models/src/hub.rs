@@ -20,13 +20,16 @@ use futures::{StreamExt, TryStreamExt, stream};
 use hf_hub::HFClient;
 use mesh_core::{ProbeError, ProgressSink};
 
-pub use self::kept::{Checked, Freed, Verdict};
 use self::{
     cache::{Cache, Folder},
     fetch::Fetch,
     plan::Plan,
     watch::Watch,
     wire::{CONNECT_TIMEOUT, Context, Listed, Listing, Patience, STALL_TIMEOUT, Wire, root_cause},
+};
+pub use self::{
+    cache::{hash_of, revision_of},
+    kept::{Checked, Freed, Verdict},
 };
 pub(crate) use self::{
     cache::{main_snapshot, snapshot_of, within},

@@ -24,7 +24,7 @@ pub mod unpack;
 
 pub use choice::Room;
 pub use error::{FetchError, ImportError, Unread};
-pub use hub::{Checked, Found, Freed, Verdict};
+pub use hub::{Checked, Found, Freed, Verdict, hash_of, revision_of};
 pub use import::{ImportReport, Imported, Manner, import_gguf, import_measured};
 pub use probe::probe;
 pub use store::{Artifact, Exact, Finds, Listed, Origin, Store, StoreOptions, Want};

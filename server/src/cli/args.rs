@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::{
     access::AccessArgs,
     commands::models::{convert::ConvertArgs, import::ImportArgs, show::ShowArgs},
+    mesh::MeshArgs,
 };
 
 /// Serves local language models over an OpenAI-compatible API
@@ -26,7 +27,8 @@ Exit codes:
   3  the model cannot be found, fetched or read
   4  no backend can serve the model
   5  the address cannot be listened on
-  6  the backend could not load the model"
+  6  the backend could not load the model
+  7  the mesh cannot be joined or used"
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -42,6 +44,10 @@ pub struct Cli {
 pub enum Command {
     /// Serve a model over HTTP
     Serve(ServeArgs),
+    /// Serve the models of a mesh's other machines here, and none of this one's
+    Client(ClientArgs),
+    /// Create a mesh of machines that serve for one another, let others in, look at it, leave it
+    Mesh(super::commands::mesh::MeshArgs),
     /// Talk with a model in the terminal
     Chat(ChatArgs),
     /// Say what is known about a model, and which backend would serve it and why
@@ -200,6 +206,25 @@ pub struct ServeArgs {
     pub idle_ttl: Option<u64>,
     #[command(flatten)]
     pub access: AccessArgs,
+    #[command(flatten)]
+    pub mesh: MeshArgs,
+}
+
+/// `mesh-llm client`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ClientArgs {
+    #[command(flatten)]
+    pub environment: EnvironmentArgs,
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Server")]
+    pub host: Option<IpAddr>,
+    /// Port to listen on; 0 takes any free one [default: 9337]
+    #[arg(long, value_name = "PORT", help_heading = "Server")]
+    pub port: Option<u16>,
+    #[command(flatten)]
+    pub access: AccessArgs,
+    #[command(flatten)]
+    pub mesh: MeshArgs,
 }
 
 /// What is said of an amount of memory that is none.

@@ -17,6 +17,7 @@ use serde_json::Value;
 use super::{
     access::AccessTable,
     failure::{Exit, Failure},
+    mesh::MeshTable,
 };
 
 /// Longest configuration file that is read, in bytes.
@@ -58,6 +59,9 @@ pub struct Config {
     /// Who may use the server.
     #[serde(default)]
     pub access: AccessTable,
+    /// How this machine takes part in a mesh.
+    #[serde(default)]
+    pub mesh: MeshTable,
     /// How models are presented to clients.
     #[serde(default)]
     pub api: ApiTable,
@@ -190,6 +194,14 @@ mod tests {
             [api]
             reasoning_field = "both"
             generation_config = false
+            [mesh]
+            take_part = false
+            node_name = "tower"
+            host = "10.0.0.1"
+            port = 4000
+            mdns = false
+            relays = ["https://relay.example.org"]
+            policy = { prefer = "fastest", cold = "local_first", affinity = 0.5 }
             [backends.llama-server]
             args = ["--threads", "2"]
             "#,
@@ -199,6 +211,8 @@ mod tests {
         assert_eq!((config.max_parallel, config.max_queue), (Some(8), Some(0)));
         assert_eq!((config.access.max_body, config.access.open_metrics), (Some(ByteSize::mib(32)), true));
         assert_eq!(config.backends["llama-server"]["args"][1], "2");
+        assert_eq!((config.mesh.port, config.mesh.mdns, config.mesh.relays.len()), (Some(4000), Some(false), 1));
+        assert_eq!(config.mesh.policy.affinity, 0.5);
         assert_eq!((config.memory, config.idle_ttl_s), (Some(ByteSize::gib(8)), Some(600)));
         let manner = Manner { reasoning_field: ReasoningField::Both, generation_config: false };
         assert_eq!((config.api.manner(), ApiTable::default().manner()), (manner, Manner::default()));

@@ -21,6 +21,8 @@ pub enum Exit {
     Address = 5,
     /// The backend could not load the model.
     Load = 6,
+    /// The mesh cannot be joined or used.
+    Mesh = 7,
 }
 
 /// A command that failed.

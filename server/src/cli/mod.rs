@@ -6,6 +6,7 @@ mod commands;
 mod config;
 mod failure;
 mod linked;
+mod mesh;
 mod output;
 mod plan;
 #[cfg(test)]
@@ -21,7 +22,7 @@ use output::{LOG_MODELS, LOG_QUIET, LOG_SERVING, Output};
 pub fn main() -> u8 {
     let cli = Cli::parse();
     let levels = match cli.command {
-        None | Some(Command::Serve(_)) => LOG_SERVING,
+        None | Some(Command::Serve(_) | Command::Client(_)) => LOG_SERVING,
         Some(Command::Models(_)) => LOG_MODELS,
         _ => LOG_QUIET,
     };
@@ -49,6 +50,8 @@ fn run(cli: Cli, output: &Output) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         match cli.command.unwrap_or(Command::Serve(cli.serve)) {
             Command::Serve(args) => commands::serve::run(args, output).await,
+            Command::Client(args) => commands::serve::client(args, output).await,
+            Command::Mesh(args) => commands::mesh::run(args, output).await,
             Command::Chat(args) => commands::chat::run(args, output).await,
             Command::Explain(args) => commands::explain::run(args, output).await,
             Command::Backends(args) => commands::backends::run(args, output).await,

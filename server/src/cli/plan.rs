@@ -281,9 +281,28 @@ impl Setting {
 
     /// The address to listen on.
     pub fn address(&self, host: Option<IpAddr>, port: Option<u16>) -> SocketAddr {
-        let host = host.or(self.config.host).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-        SocketAddr::new(host, port.or(self.config.port).unwrap_or(PORT))
+        address(&self.config, host, port)
     }
+}
+
+fn address(config: &Config, host: Option<IpAddr>, port: Option<u16>) -> SocketAddr {
+    let host = host.or(config.host).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    SocketAddr::new(host, port.or(config.port).unwrap_or(PORT))
+}
+
+/// Where this machine reaches its own server, as the configuration file has it.
+pub fn local_address(config: &Config) -> SocketAddr {
+    reachable(address(config, None, None))
+}
+
+/// The address under which this machine reaches a server that listens on all of its addresses.
+pub fn reachable(mut address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => address.set_ip(std::net::Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    address
 }
 
 /// Backends whose engines have places and a line, and thus the two keys below.

@@ -118,7 +118,7 @@ fn known(method: &Method) -> &'static str {
 }
 
 /// Paths without a part that differs from request to request.
-const PATHS: [&str; 17] = [
+const PATHS: [&str; 18] = [
     "/",
     "/apply-template",
     "/detokenize",
@@ -131,6 +131,7 @@ const PATHS: [&str; 17] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
+    "/v1/mesh",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/models",

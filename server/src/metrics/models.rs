@@ -40,11 +40,12 @@ impl Models {
         kind: Kind,
         metric: impl Fn(&Tally) -> &M,
     ) -> Result<(), Error> {
-        let Some(first) = self.0.iter().next() else { return Ok(()) };
-        let of = metric(first.tally()).metric_type();
+        let tallies = self.0.tallies();
+        let Some((_, first)) = tallies.first() else { return Ok(()) };
+        let of = metric(first).metric_type();
         let mut family = encoder.encode_descriptor(kind.name, kind.help, kind.unit.as_ref(), of)?;
-        for slot in self.0.iter() {
-            metric(slot.tally()).encode(family.encode_family(&[("model", slot.name())])?)?;
+        for (model, tally) in &tallies {
+            metric(tally).encode(family.encode_family(&[("model", model)])?)?;
         }
         Ok(())
     }
@@ -52,10 +53,10 @@ impl Models {
     fn ends(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let mut family =
             encoder.encode_descriptor("answers", "Answers that are over, by why", None, MetricType::Counter)?;
-        for slot in self.0.iter() {
+        for (model, tally) in self.0.tallies() {
             for end in End::ALL {
-                let labels = [("model", slot.name()), ("reason", end.word().to_owned())];
-                slot.tally().ended[end as usize].encode(family.encode_family(&labels)?)?;
+                let labels = [("model", model.as_str()), ("reason", end.word())];
+                tally.ended[end as usize].encode(family.encode_family(&labels)?)?;
             }
         }
         Ok(())

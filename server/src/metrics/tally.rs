@@ -1,6 +1,8 @@
 //! What is counted of one model.
 
-use mesh_core::{FinishReason, Usage};
+use std::sync::{Mutex, PoisonError};
+
+use mesh_core::{FinishReason, Timings, Usage, node::Load};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
 use crate::pipeline::Finish;
@@ -67,6 +69,17 @@ pub struct Tally {
     pub(super) first_token: Histogram,
     pub(super) next_token: Histogram,
     pub(super) answer: Histogram,
+    speeds: Mutex<Speeds>,
+}
+
+/// How much a new measurement counts against those before.
+const NEW: f32 = 0.2;
+
+/// Tokens a second of one request, as measured lately.
+#[derive(Clone, Copy, Debug, Default)]
+struct Speeds {
+    prefill_per_s: Option<f32>,
+    decode_per_s: Option<f32>,
 }
 
 impl Default for Tally {
@@ -82,11 +95,34 @@ impl Default for Tally {
             first_token: Histogram::new(FIRST_TOKEN_S),
             next_token: Histogram::new(NEXT_TOKEN_S),
             answer: Histogram::new(ANSWER_S),
+            speeds: Mutex::default(),
         }
     }
 }
 
 impl Tally {
+    /// Takes note of how fast an answer was. Few tokens tell little, and are left out.
+    pub(super) fn timed(&self, usage: Usage, timings: Timings) {
+        const TOKENS_MIN: u32 = 8;
+        let mut speeds = self.speeds.lock().unwrap_or_else(PoisonError::into_inner);
+        let take = |slot: &mut Option<f32>, tokens: u32, seconds: f32| {
+            let speed = tokens as f32 / seconds;
+            if tokens >= TOKENS_MIN && speed.is_finite() && speed > 0.0 {
+                *slot = Some(slot.map_or(speed, |before| before + NEW * (speed - before)));
+            }
+        };
+        let read = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
+        take(&mut speeds.prefill_per_s, read, timings.prefill.as_secs_f32());
+        take(&mut speeds.decode_per_s, usage.completion_tokens, timings.decode.as_secs_f32());
+    }
+
+    /// How busy the model is, and how fast.
+    pub(crate) fn load(&self) -> Load {
+        let count = |gauge: &Gauge| u32::try_from(gauge.get()).unwrap_or(0);
+        let Speeds { prefill_per_s, decode_per_s } = *self.speeds.lock().unwrap_or_else(PoisonError::into_inner);
+        Load { running: count(&self.running), waiting: count(&self.waiting), prefill_per_s, decode_per_s }
+    }
+
     pub(super) fn end(&self, end: End, usage: Usage) {
         self.prompt_tokens.inc_by(usage.prompt_tokens.into());
         self.cached_tokens.inc_by(usage.cached_tokens.into());

@@ -62,6 +62,9 @@ impl Watch {
     /// The answer is whole.
     pub fn finished(&mut self, finished: &Finished) {
         self.usage = finished.usage;
+        if let (Some(tally), Some(timings)) = (&self.tally, finished.timings) {
+            tally.timed(finished.usage, timings);
+        }
         self.end(finished.finish.into());
     }
 

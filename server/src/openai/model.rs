@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use mesh_core::{Capabilities, Knob, Thinking};
+use mesh_core::{
+    Capabilities, Knob,
+    node::{NodeOffer, Reasoning},
+};
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -20,7 +23,7 @@ pub struct Model {
     pub status: &'static str,
     /// The backend that serves it, or did last.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub backend: Option<&'static str>,
+    pub backend: Option<String>,
     /// Longest prompt and answer together, in tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
@@ -42,8 +45,44 @@ pub struct Model {
     pub weight_bytes: Option<u64>,
     /// The family that claims it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub family: Option<&'static str>,
+    pub family: Option<String>,
+    /// Other machines on which it is ready; `model@node` asks for it on one of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<ModelNode>,
     pub capabilities: ModelCapabilities,
+}
+
+/// A machine on which a model is ready.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[allow(missing_docs)]
+pub struct ModelNode {
+    /// The machine's name.
+    pub name: String,
+    pub backend: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<String>,
+    /// Longest prompt and answer together, in tokens.
+    pub context_length: u32,
+    /// Requests that it computes.
+    pub running: u32,
+    /// Requests in line there.
+    pub waiting: u32,
+    /// Requests that it computes at the same time.
+    pub parallel: u32,
+}
+
+impl From<&NodeOffer> for ModelNode {
+    fn from(NodeOffer { node, offer }: &NodeOffer) -> Self {
+        Self {
+            name: node.clone(),
+            backend: offer.backend.clone(),
+            quantization: offer.quantization.clone(),
+            context_length: offer.capabilities.context_tokens_max,
+            running: offer.load.running,
+            waiting: offer.load.waiting,
+            parallel: offer.capabilities.requests_parallel_max,
+        }
+    }
 }
 
 /// What may be asked of a model.
@@ -84,12 +123,12 @@ pub enum ReasoningSwitch {
     Effort,
 }
 
-impl From<Thinking> for ReasoningSwitch {
-    fn from(thinking: Thinking) -> Self {
-        match thinking {
-            Thinking::Fixed => Self::None,
-            Thinking::Variable(_) => Self::Switch,
-            Thinking::Effort(_) => Self::Effort,
+impl From<Reasoning> for ReasoningSwitch {
+    fn from(reasoning: Reasoning) -> Self {
+        match reasoning {
+            Reasoning::None => Self::None,
+            Reasoning::Switch => Self::Switch,
+            Reasoning::Effort => Self::Effort,
         }
     }
 }

@@ -4,6 +4,7 @@ mod cancel;
 mod completions;
 mod embeddings;
 mod health;
+mod mesh;
 mod messages;
 mod models;
 mod open;
@@ -40,6 +41,7 @@ fn all() -> Vec<Route> {
         tokens::routes(),
         cancel::routes(),
         models::routes(),
+        mesh::routes(),
         health::routes(),
         openapi::routes(),
     ]

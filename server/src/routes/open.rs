@@ -8,7 +8,7 @@ use crate::{
     error::ApiError,
     lease::Lease,
     pipeline::{self, AnswerStream, Ask, InLine, PipelineError},
-    slots::Slots,
+    slots::{Found, SlotError, Slots},
 };
 
 /// Finds the model and hands the request to it, or to the next one should the engine end before the request's turn; returns
@@ -42,7 +42,13 @@ pub(super) async fn on_model<T, F>(
 where
     F: Future<Output = Result<T, PipelineError>>,
 {
-    let slot = slots.get(model)?;
+    let slot = match slots.find(model)? {
+        Found::Here(slot) => slot,
+        Found::There(model) => {
+            let (name, lease) = (model.profile.name.clone(), Lease::of(&model).ok_or(SlotError::Stopped)?);
+            return Ok((name, attempt(lease).await?));
+        }
+    };
     let lease = slot.model(None).await?;
     let model = Arc::clone(&lease);
     let outcome = match attempt(lease).await {

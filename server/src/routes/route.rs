@@ -18,7 +18,7 @@ use crate::{
     listen,
     openai::{BadRequest, responses::Store},
     running::Running,
-    slots::Slots,
+    slots::{Slot, Slots},
 };
 
 /// What all handlers share.
@@ -34,10 +34,13 @@ pub(crate) struct Door {
 impl Door {
     /// The model that was asked for, or the only one.
     pub fn model_or_only(&self, asked: Option<String>) -> Result<String, ApiError> {
-        let mut slots = self.slots.iter();
-        match (asked.filter(|name| !name.is_empty()), slots.next(), slots.next()) {
-            (Some(name), ..) => Ok(name),
-            (None, Some(only), None) => Ok(only.name()),
+        let own = self.slots.iter().map(Slot::name);
+        let others = || self.slots.remote().names().into_iter();
+        let mut served = own.chain(others());
+        let first = served.next();
+        match (asked.filter(|name| !name.is_empty()), first) {
+            (Some(name), _) => Ok(name),
+            (None, Some(only)) if served.all(|other| other == only) => Ok(only),
             _ => Err(BadRequest::missing("model").into()),
         }
     }

@@ -5,6 +5,7 @@
 //! together is bounded: `memory` has them make room for one another, as [`residency`] decides.
 
 pub mod backoff;
+mod elsewhere;
 pub mod error;
 mod identity;
 pub mod known;
@@ -18,12 +19,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_core::ModelProfile;
+use mesh_core::{
+    ModelProfile,
+    node::{Here, Load},
+};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
 };
 
+pub use elsewhere::RemoteModels;
 pub use error::{RoomError, SlotError, StartError};
 pub use known::Known;
 pub use memory::{Pool, PoolUse, ROOM_WAIT_MAX};
@@ -165,6 +170,23 @@ impl Slot {
         self.memory.reserved_bytes(self.index)
     }
 
+    /// How it is, for those who decide whether others are asked instead.
+    fn here(&self) -> Here {
+        let SlotState::Ready(model) = &*self.state.borrow() else { return Here::Cold };
+        let Load { running, waiting, .. } = self.tally().load();
+        Here::Ready { running, waiting, parallel: model.handle.capabilities().requests_parallel_max }
+    }
+
+    /// Changes with its state.
+    pub(crate) fn changes(&self) -> watch::Receiver<SlotState> {
+        self.state.clone()
+    }
+
+    /// The model as the user spelled it.
+    pub(crate) fn reference(&self) -> &str {
+        &self.identity.reference
+    }
+
     /// What is counted of it.
     pub(crate) fn tally(&self) -> &Tally {
         &self.identity.tally
@@ -209,13 +231,33 @@ impl Drop for Slot {
     }
 }
 
-/// All models of this server.
+/// All models of this server, and those that others serve for it.
 #[derive(Clone, Debug)]
-pub struct Slots(Arc<Vec<Slot>>);
+pub struct Slots(Arc<All>);
+
+#[derive(Debug)]
+struct All {
+    slots: Vec<Slot>,
+    remote: RemoteModels,
+}
+
+/// Where a model is.
+#[derive(Debug)]
+pub enum Found<'a> {
+    /// Here, loaded or not.
+    Here(&'a Slot),
+    /// On another machine, which has it ready.
+    There(Arc<ServedModel>),
+}
 
 impl Slots {
     /// A slot for each model, the default one first. Has to be called within a tokio runtime, which runs the owners.
     pub fn spawn(plans: Vec<SlotPlan>, keeping: Keeping) -> Self {
+        Self::spawn_beside(plans, keeping, RemoteModels::default())
+    }
+
+    /// The same beside models that others serve.
+    pub fn spawn_beside(plans: Vec<SlotPlan>, keeping: Keeping, remote: RemoteModels) -> Self {
         let taken = identity::Taken::default();
         let mut peers = Vec::new();
         let mut charges = Vec::new();
@@ -260,12 +302,37 @@ impl Slots {
             let owner = tokio::spawn(owner::own(charge, inbox));
             Slot { index, identity, notes, memory: memory.clone(), state: snapshot, wishes, owner }
         });
-        Self(Arc::new(slots.collect()))
+        Self(Arc::new(All { slots: slots.collect(), remote }))
     }
 
     /// The slots.
     pub fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.0.iter()
+        self.0.slots.iter()
+    }
+
+    /// What is counted of all models, those of others included, by the names that are shown.
+    pub(crate) fn tallies(&self) -> Vec<(String, Arc<Tally>)> {
+        let own = self.iter().map(|slot| (slot.name(), slot.identity.tally.clone()));
+        own.chain(self.remote().tallies()).collect()
+    }
+
+    /// What others serve.
+    pub fn remote(&self) -> &RemoteModels {
+        &self.0.remote
+    }
+
+    /// Where the model of that name is to be asked: here, or where it is ready.
+    pub fn find(&self, name: &str) -> Result<Found<'_>, SlotError> {
+        match self.get(name) {
+            Ok(slot) => match self.remote().instead_of(slot, name) {
+                Some(model) => Ok(Found::There(model)),
+                None => Ok(Found::Here(slot)),
+            },
+            Err(error) => match self.remote().model(name) {
+                Some(model) => Ok(Found::There(model)),
+                None => Err(error),
+            },
+        }
     }
 
     /// The slot of that name.
@@ -278,7 +345,11 @@ impl Slots {
             |slot: &&Slot| !slot.identity.is_located() && matches!(&*slot.state.borrow(), SlotState::Loading);
         Err(match self.iter().find(nameless) {
             Some(slot) => SlotError::NotYetKnown { name, loading: slot.identity.reference.clone() },
-            None => SlotError::Unknown { name, served: self.iter().map(Slot::name).collect() },
+            None => {
+                let mut served: Vec<_> = self.iter().map(Slot::name).chain(self.remote().names()).collect();
+                served.dedup();
+                SlotError::Unknown { name, served }
+            }
         })
     }
 
@@ -289,7 +360,7 @@ impl Slots {
 
     /// Memory for models, and what is set aside of it.
     pub fn memory(&self) -> Vec<PoolUse> {
-        self.0.first().map(|slot| slot.memory.pools()).unwrap_or_default()
+        self.0.slots.first().map(|slot| slot.memory.pools()).unwrap_or_default()
     }
 
     /// Finishes what runs within `grace`, then stops every engine.

@@ -193,6 +193,17 @@ pub(crate) fn snapshot_of(path: &Path) -> Option<(PathBuf, String, String)> {
     Some((parts[..at].iter().collect(), repo, name(at + 2)?.to_owned()))
 }
 
+/// The commit that a directory of the cache is a snapshot of.
+pub fn revision_of(root: &Path) -> Option<String> {
+    snapshot_of(root).map(|(.., commit)| commit)
+}
+
+/// The SHA-256 of a file of a snapshot, in hexadecimal, as the cache knows it: nothing is read.
+pub fn hash_of(file: &Path) -> Option<String> {
+    let blob = std::fs::read_link(file).ok()?;
+    Hash::sha256(blob.file_name()?.to_str()?).map(|hash| hash.hex().to_owned())
+}
+
 /// The snapshot of the main branch, if a directory is a repository's folder: `CACHE/models--O--R`.
 pub(crate) fn main_snapshot(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;

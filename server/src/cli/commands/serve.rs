@@ -13,17 +13,18 @@ use std::{
 use mesh_core::Hint;
 use mesh_llm::{
     listen::{self, Options},
-    slots::{Observer, Slot, SlotPlan, SlotState, Slots, StartStep},
+    slots::{Keeping, Observer, RemoteModels, Slot, SlotPlan, SlotState, Slots, StartStep},
     tls::Tls,
 };
 use tokio::{net::TcpListener, sync::mpsc};
 
 use crate::cli::{
     access,
-    args::ServeArgs,
+    args::{ClientArgs, ServeArgs},
     failure::{Exit, Failure},
+    mesh::{self, Others},
     output::{Output, bytes},
-    plan::{KeptPlan, Setting},
+    plan::{KeptPlan, Setting, reachable},
 };
 
 /// How long running requests may take once the server is told to stop.
@@ -37,6 +38,8 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     // Bound before anything is loaded: a model takes its time, an address does not.
     let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
     let address = listener.local_addr().unwrap_or(wanted);
+    let others = Others { mesh: mesh::mesh(&args.mesh, &setting.config.mesh).await?, ..Others::default() };
+    others.announce(output);
 
     let (steps, mut outcomes) = mpsc::unbounded_channel();
     let notice = Arc::new(Once::new());
@@ -55,7 +58,9 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
         let starter = setting.starter(&plan, output.progress(), observer);
         plans.push(SlotPlan { starter, name, own_name, profile, pinned, share_bytes, at_start });
     }
-    let slots = Slots::spawn(plans, setting.keeping(args.memory, args.idle_ttl));
+    let remote = RemoteModels::new(others.sources(), setting.config.api.manner());
+    let slots = Slots::spawn_beside(plans, setting.keeping(args.memory, args.idle_ttl), remote);
+    others.serve(&slots);
     let first = slots.clone();
     let load = tokio::spawn(async move {
         for slot in first.iter().filter(|slot| slot.at_start()) {
@@ -99,7 +104,31 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     if outcome.is_err() {
         slots.drain(Duration::ZERO).await;
     }
+    others.leave().await;
     outcome
+}
+
+/// `mesh-llm client`: what others serve, and nothing of this machine's own.
+pub async fn client(args: ClientArgs, output: &Output) -> Result<(), Failure> {
+    let setting = Setting::new(&args.environment)?;
+    let wanted = setting.address(args.host, args.port);
+    let options = access::options(&args.access, &setting.config.access, wanted.ip())?;
+    let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
+    let address = listener.local_addr().unwrap_or(wanted);
+    let mesh = mesh::mesh(&args.mesh, &setting.config.mesh).await?;
+    let Some(mesh) = mesh else {
+        return Err(mesh::failure(&mesh_backend_mesh::HomeError::NoMesh));
+    };
+    let others = Others { mesh: Some(mesh), ..Others::default() };
+    others.announce(output);
+    let remote = RemoteModels::new(others.sources(), setting.config.api.manner());
+    let slots = Slots::spawn_beside(Vec::new(), Keeping::default(), remote);
+    let scheme = if options.tls.is_some() { "https" } else { "http" };
+    output.line(format_args!("listening on {scheme}://{address}"));
+    output.line(format_args!("the models of the other machines: curl {scheme}://{}/v1/models", reachable(address)));
+    serve(listener, slots, options, output).await;
+    others.leave().await;
+    Ok(())
 }
 
 async fn serve(listener: TcpListener, slots: Slots, options: Options, output: &Output) {
@@ -222,16 +251,6 @@ fn announce(output: &Output, address: SocketAddr, scheme: &str, key: &str, slots
     if !later.is_empty() {
         output.line(format_args!("loaded when asked for: {}", later.join(", ")));
     }
-}
-
-/// The address under which this machine reaches a server that listens on all of its addresses.
-fn reachable(mut address: SocketAddr) -> SocketAddr {
-    match address {
-        SocketAddr::V4(v4) if v4.ip().is_unspecified() => address.set_ip(std::net::Ipv4Addr::LOCALHOST.into()),
-        SocketAddr::V6(v6) if v6.ip().is_unspecified() => address.set_ip(std::net::Ipv6Addr::LOCALHOST.into()),
-        _ => {}
-    }
-    address
 }
 
 #[cfg(test)]

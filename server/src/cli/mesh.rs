@@ -1,0 +1,155 @@
+//! Other machines: what the command line and the configuration file say of them.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use clap::Args;
+use mesh_backend_mesh::{Home, Mesh, Options, PORT, Policy, RelayUrl, Ticket};
+use mesh_core::{Hint, node::Elsewhere};
+use mesh_llm::{hosting::Hosting, slots::Slots};
+use serde::Deserialize;
+
+use super::{
+    failure::{Exit, Failure},
+    output::Output,
+};
+
+/// How this machine takes part in a mesh.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Mesh")]
+pub struct MeshArgs {
+    /// Join the mesh that this ticket of `mesh-llm mesh invite` is for. Once joined, a server takes part whenever it runs
+    #[arg(long, value_name = "TICKET", env = "MESH_LLM_JOIN", hide_env_values = true, conflicts_with = "no_mesh")]
+    pub join: Option<Ticket>,
+    /// Take part in no mesh this time
+    #[arg(long)]
+    pub no_mesh: bool,
+    /// What this machine is called in the mesh [default: its host name]
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub node_name: Option<String>,
+    /// Address for other machines of the mesh to connect to [default: 0.0.0.0]
+    #[arg(long, value_name = "ADDRESS")]
+    pub mesh_host: Option<IpAddr>,
+    /// UDP port for them; 0 takes any free one [default: 9338]
+    #[arg(long, value_name = "PORT")]
+    pub mesh_port: Option<u16>,
+    /// Neither look for members on local networks nor be found there
+    #[arg(long)]
+    pub no_mdns: bool,
+    /// Relay for machines that do not reach one another; none is used unless it is named. May be repeated
+    #[arg(long, value_name = "URL")]
+    pub relay: Vec<RelayUrl>,
+}
+
+/// The same in the configuration file.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MeshTable {
+    /// Whether a server takes part in the mesh that this machine is in; true if absent.
+    pub take_part: Option<bool>,
+    /// What this machine is called.
+    pub node_name: Option<String>,
+    /// Address for other machines to connect to.
+    pub host: Option<IpAddr>,
+    /// UDP port for them.
+    pub port: Option<u16>,
+    /// Whether members are looked for on local networks; true if absent.
+    pub mdns: Option<bool>,
+    /// Relays.
+    #[serde(default)]
+    pub relays: Vec<RelayUrl>,
+    /// How it is decided which machine a request goes to.
+    #[serde(default)]
+    pub policy: Policy,
+}
+
+/// Bytes that a node's name may have.
+const NAME_BYTES_MAX: usize = 64;
+
+/// `@` stands between a model's name and a node's.
+fn name(text: &str) -> Result<String, String> {
+    match text.len() {
+        1..=NAME_BYTES_MAX if !text.contains(|c: char| c == '@' || c.is_control() || c.is_whitespace()) => {
+            Ok(text.into())
+        }
+        _ => Err(format!("it has to be a word of at most {NAME_BYTES_MAX} bytes, without `@`")),
+    }
+}
+
+/// The machine's own name, as far as it is one.
+fn host_name() -> String {
+    let own = sysinfo::System::host_name().unwrap_or_default();
+    let own = own.split('.').next().unwrap_or_default();
+    name(own).unwrap_or_else(|_| "node".into())
+}
+
+/// Joins, where that is asked for or was done before.
+pub async fn mesh(args: &MeshArgs, table: &MeshTable) -> Result<Option<Arc<Mesh>>, Failure> {
+    let home = Home::usual().map_err(|error| failure(&error))?;
+    let taking_part = !args.no_mesh && (args.join.is_some() || table.take_part.unwrap_or(true));
+    let member = home.membership().map_err(|error| failure(&error))?.is_some();
+    if !taking_part || (args.join.is_none() && !member) {
+        return Ok(None);
+    }
+    let named = table.node_name.as_deref().map(name).transpose();
+    let named = named.map_err(|error| Failure::new(Exit::Usage, format!("`node_name` of [mesh]: {error}")))?;
+    let host = args.mesh_host.or(table.host).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    let options = Options {
+        home,
+        name: args.node_name.clone().or(named).unwrap_or_else(host_name),
+        listen: SocketAddr::new(host, args.mesh_port.or(table.port).unwrap_or(PORT)),
+        mdns: !args.no_mdns && table.mdns.unwrap_or(true),
+        relays: if args.relay.is_empty() { table.relays.clone() } else { args.relay.clone() },
+        policy: table.policy.clone(),
+    };
+    Mesh::start(options, args.join.as_ref()).await.map(Some).map_err(|error| failure(&error))
+}
+
+/// What others serve, and what this server serves for them.
+#[derive(Default)]
+pub struct Others {
+    /// The mesh that it takes part in.
+    pub mesh: Option<Arc<Mesh>>,
+    /// Servers beside this one whose models it offers.
+    pub shared: Vec<Arc<dyn Elsewhere>>,
+}
+
+impl Others {
+    /// All of them, those nearer first.
+    pub fn sources(&self) -> Vec<Arc<dyn Elsewhere>> {
+        let mesh = self.mesh.clone().map(|mesh| mesh as Arc<dyn Elsewhere>);
+        self.shared.iter().cloned().chain(mesh).collect()
+    }
+
+    /// Begins to serve for others.
+    pub fn serve(&self, slots: &Slots) {
+        if let Some(mesh) = &self.mesh {
+            mesh.serve(Hosting::new(slots.clone(), self.shared.clone()));
+        }
+    }
+
+    /// Says what this server is part of.
+    pub fn announce(&self, output: &Output) {
+        if let Some(mesh) = &self.mesh {
+            output.step("mesh", format!("{} as {}", mesh.name(), mesh.node_name()));
+        }
+    }
+
+    /// Says goodbye.
+    pub async fn leave(&self) {
+        if let Some(mesh) = &self.mesh {
+            mesh.leave().await;
+        }
+    }
+}
+
+/// A failure of the mesh, with what to do next.
+pub fn failure(error: &(impl std::fmt::Display + Hint)) -> Failure {
+    let failure = Failure::new(Exit::Mesh, error);
+    match error.hint() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}

@@ -1,0 +1,152 @@
+//! What this server does for other nodes: it answers with what is ready here, and passes nothing on.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use mesh_core::{
+    ask::Ask,
+    node::{Elsewhere, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
+};
+use tokio::sync::watch;
+
+use crate::{
+    error::ApiError,
+    lease::Lease,
+    metrics::Tally,
+    pipeline::{self, InLine, PipelineError, tokens},
+    served::ServedModel,
+    slots::{Slot, SlotState, Slots},
+};
+
+/// The models of this server as others see them.
+pub struct Hosting {
+    slots: Slots,
+    /// Servers beside this one whose models it offers as its own.
+    shared: Vec<Arc<dyn Elsewhere>>,
+    changes: watch::Sender<u64>,
+}
+
+impl Hosting {
+    /// Offers what becomes ready. Has to be called within a tokio runtime.
+    pub fn new(slots: Slots, shared: Vec<Arc<dyn Elsewhere>>) -> Arc<Self> {
+        let changes = watch::Sender::new(0);
+        for slot in slots.iter() {
+            tokio::spawn(tell(slot.changes(), changes.clone()));
+        }
+        for source in &shared {
+            tokio::spawn(tell(source.changes(), changes.clone()));
+        }
+        Arc::new(Self { slots, shared, changes })
+    }
+
+    /// The model, if it is ready at this moment.
+    fn ready(&self, model: &str) -> Option<Lease> {
+        match self.slots.get(model).ok()?.state() {
+            SlotState::Ready(model) => Lease::of(&model),
+            _ => None,
+        }
+    }
+
+    async fn answer_here(&self, lease: Lease, model: &str, ask: Ask) -> Result<PartStream, PipelineError> {
+        let stream = pipeline::open(lease, ask.clone()).await?;
+        Ok(Box::pin(stream.in_line(InLine::new(self.slots.clone(), model, ask))))
+    }
+}
+
+/// Ticks `changes` whenever something changes.
+async fn tell<T>(mut changed: watch::Receiver<T>, changes: watch::Sender<u64>) {
+    while changed.changed().await.is_ok() {
+        changes.send_modify(|count| *count += 1);
+    }
+}
+
+#[async_trait]
+impl Local for Hosting {
+    fn offers(&self) -> Vec<ModelOffer> {
+        let own = self.slots.iter().filter_map(|slot| match slot.state() {
+            SlotState::Ready(model) => Some(offer(slot, &model)),
+            _ => None,
+        });
+        let shared = self.shared.iter().flat_map(|source| source.models());
+        let shared = shared.filter_map(|model| model.nodes.into_iter().next().map(|node| node.offer));
+        let mut offers: Vec<ModelOffer> = own.chain(shared).collect();
+        offers.sort_by(|one, other| one.name.cmp(&other.name));
+        offers.dedup_by(|one, other| one.name == other.name);
+        offers
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    async fn answer(&self, model: &str, ask: Ask) -> Result<PartStream, Rejection> {
+        let refused = |error: PipelineError| Rejection::from(ApiError::from(error));
+        if let Some(lease) = self.ready(model) {
+            return self.answer_here(lease, model, ask).await.map_err(refused);
+        }
+        match self.shared.iter().find_map(|source| source.engine(model)) {
+            Some((engine, _)) => engine.answer(ask).await,
+            None => Err(gone(model)),
+        }
+    }
+
+    async fn reply(&self, model: &str, question: Question) -> Result<Reply, Rejection> {
+        if let Some(lease) = self.ready(model) {
+            return reply(&lease, question).await.map_err(|error| ApiError::from(error).into());
+        }
+        match self.shared.iter().find_map(|source| source.engine(model)) {
+            Some((engine, _)) => engine.reply(question).await,
+            None => Err(gone(model)),
+        }
+    }
+}
+
+async fn reply(model: &Arc<ServedModel>, question: Question) -> Result<Reply, PipelineError> {
+    Ok(match question {
+        Question::Render { chat, add_generation_prompt } => {
+            Reply::Text(tokens::render(model, chat, add_generation_prompt).await?)
+        }
+        Question::Tokenize { text, add_special, pieces: true } => {
+            let (ids, pieces) = tokens::pieces(model, text, add_special).await?;
+            Reply::Tokens { ids, pieces }
+        }
+        Question::Tokenize { text, add_special, pieces: false } => {
+            Reply::Tokens { ids: tokens::tokenize(model, text, add_special).await?, pieces: Vec::new() }
+        }
+        Question::Detokenize { ids } => Reply::Text(tokens::detokenize(model, ids).await?),
+        Question::Count { subject } => Reply::Count(tokens::count(model, subject).await? as u64),
+        Question::Embed { id, inputs, pooling } => {
+            Reply::Vectors(pipeline::embed::embed(model, id, inputs, pooling).await?)
+        }
+    })
+}
+
+/// The model was ready when it was offered, and is not any more.
+fn gone(model: &str) -> Rejection {
+    Rejection::new(RejectionKind::NotFound, "model_not_found", format!("`{model}` is not ready there any more"))
+}
+
+/// What a ready model is offered as.
+fn offer(slot: &Slot, model: &ServedModel) -> ModelOffer {
+    let (profile, tally): (_, &Tally) = (&model.profile, slot.tally());
+    let weights = profile.weights.first();
+    ModelOffer {
+        name: slot.name(),
+        reference: Some(slot.reference().to_owned()).filter(|reference| !std::path::Path::new(reference).is_absolute()),
+        revision: mesh_models::revision_of(&profile.root),
+        hash: weights.and_then(|weights| mesh_models::hash_of(weights)),
+        backend: model.handle.backend.id.to_owned(),
+        format: Some(profile.format.value),
+        quantization: profile.quantization.as_ref().map(|fact| fact.value.to_string()),
+        parameters: profile.parameters.as_ref().map(|fact| fact.value),
+        weight_bytes: Some(profile.weight_bytes.value),
+        family: slot.known().family.map(|family| family.id().to_owned()),
+        dialect: Some(model.dialect.id().to_owned()),
+        capabilities: model.handle.capabilities().clone(),
+        chat: model.template(false).is_ok(),
+        tools: model.dialect.tools() && model.shows_tools,
+        reasoning: model.thinking.into(),
+        since: model.since,
+        load: tally.load(),
+    }
+}
