@@ -19,6 +19,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("mesh-families", &["mesh-core", "mesh-graph", "mesh-text", "mesh-dialects"]),
     ("mesh-backend-mlx", &["mesh-core", "mesh-graph"]),
     ("mesh-backend-llama-server", &["mesh-core"]),
+    ("mesh-backend-openai", &["mesh-core"]),
     (
         "mesh-llm",
         &[
@@ -29,6 +30,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "mesh-families",
             "mesh-backend-mlx",
             "mesh-backend-llama-server",
+            "mesh-backend-openai",
         ],
     ),
     ("conformance", &["mesh-core"]),

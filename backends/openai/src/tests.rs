@@ -1,0 +1,1 @@
+//! Against stand-ins of several kinds.
