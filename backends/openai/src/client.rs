@@ -39,6 +39,9 @@ pub(crate) const EVENT_BYTES_MAX: usize = 1 << 20;
 /// Largest answer in events, in bytes.
 pub(crate) const ANSWER_BYTES_MAX: usize = 256 << 20;
 
+/// What some servers write in front of text.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// The server as it is asked.
 pub(crate) struct Upstream {
     http: reqwest::Client,
@@ -169,29 +172,69 @@ fn told(error: reqwest::Error) -> String {
     text
 }
 
+/// The lines of `bytes`, each with its end. The reader of events looks through all that it holds whenever something is added, and
+/// copies the rest for each line that it takes: by single lines that costs nothing, by pieces as a server chooses them it is
+/// quadratic.
+fn lines<B: AsRef<[u8]>>(
+    bytes: impl Stream<Item = Result<B, Trouble>>,
+) -> impl Stream<Item = Result<Vec<u8>, Trouble>> {
+    let (mut begun, mut total, mut first) = (Vec::new(), 0, true);
+    let cut = move |bytes: Result<B, Trouble>| {
+        let bytes = match bytes {
+            Ok(bytes) => bytes,
+            Err(trouble) => return vec![Err(trouble)],
+        };
+        let bytes = bytes.as_ref();
+        total += bytes.len();
+        if total > ANSWER_BYTES_MAX {
+            return vec![Err(Trouble::TooLarge(ANSWER_BYTES_MAX))];
+        }
+        let mut whole = Vec::new();
+        for line in bytes.split_inclusive(|byte| matches!(byte, b'\n' | b'\r')) {
+            begun.extend_from_slice(line);
+            if line.ends_with(b"\n") || line.ends_with(b"\r") {
+                let mut line = std::mem::take(&mut begun);
+                // The reader would panic at one.
+                while first && line.starts_with(BYTE_ORDER_MARK) {
+                    line.drain(..BYTE_ORDER_MARK.len());
+                }
+                first = false;
+                whole.push(Ok(line));
+            } else if begun.len() > EVENT_BYTES_MAX {
+                whole.push(Err(Trouble::TooLarge(EVENT_BYTES_MAX)));
+            }
+        }
+        whole
+    };
+    bytes.map(cut).flat_map(futures::stream::iter)
+}
+
 /// The events of one answer.
 pub(crate) struct Events {
     events: Pin<Box<dyn Stream<Item = Result<String, Trouble>> + Send>>,
     /// Bytes since the last event.
     unread: Arc<AtomicUsize>,
-    idle_max: Duration,
+    pub idle_max: Duration,
 }
 
 impl Events {
     fn new(answer: Response, idle_max: Duration) -> Self {
+        Self::of(answer.bytes_stream().map_err(|error| Trouble::Broke(told(error))), idle_max)
+    }
+
+    /// The events that are written in `bytes`, however they are cut.
+    pub fn of<B: AsRef<[u8]> + Send + 'static>(
+        bytes: impl Stream<Item = Result<B, Trouble>> + Send + 'static,
+        idle_max: Duration,
+    ) -> Self {
         let unread = Arc::new(AtomicUsize::new(0));
-        let (counter, mut total) = (unread.clone(), 0);
-        let bytes = answer.bytes_stream().map_err(|error| Trouble::Broke(told(error))).and_then(move |bytes| {
-            // Several events may arrive at once; only what none of them ended counts for long.
-            let unread = counter.fetch_add(bytes.len(), Ordering::Relaxed) + bytes.len();
-            total += bytes.len();
-            std::future::ready(match (unread > EVENT_BYTES_MAX, total > ANSWER_BYTES_MAX) {
-                (true, _) => Err(Trouble::TooLarge(EVENT_BYTES_MAX)),
-                (false, true) => Err(Trouble::TooLarge(ANSWER_BYTES_MAX)),
-                (false, false) => Ok(bytes),
-            })
+        let counter = unread.clone();
+        let lines = lines(bytes).and_then(move |line| {
+            let unread = counter.fetch_add(line.len(), Ordering::Relaxed) + line.len();
+            let fine = if unread > EVENT_BYTES_MAX { Err(Trouble::TooLarge(EVENT_BYTES_MAX)) } else { Ok(line) };
+            std::future::ready(fine)
         });
-        let events = bytes.eventsource().map(|event| match event {
+        let events = lines.eventsource().map(|event| match event {
             Ok(event) => Ok(event.data),
             Err(EventStreamError::Transport(error)) => Err(error),
             Err(other) => Err(Trouble::Malformed(other.to_string())),
@@ -201,12 +244,7 @@ impl Events {
 
     /// The data of the next event; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<String>, Trouble> {
-        self.next_within(self.idle_max).await
-    }
-
-    /// The same for as long as `idle_max`.
-    pub async fn next_within(&mut self, idle_max: Duration) -> Result<Option<String>, Trouble> {
-        let next = timeout(idle_max, self.events.next()).await.map_err(|_| Trouble::Silent(idle_max))?;
+        let next = timeout(self.idle_max, self.events.next()).await.map_err(|_| Trouble::Silent(self.idle_max))?;
         self.unread.store(0, Ordering::Relaxed);
         next.transpose()
     }

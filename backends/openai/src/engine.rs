@@ -258,15 +258,16 @@ impl Answer {
     async fn usage(&mut self) {
         let Some(events) = &mut self.events else { return };
         let (reading, ready) = (&mut self.reading, &mut self.ready);
+        let within = events.idle_max.min(USAGE_MAX);
         let work = async {
-            while let Ok(Some(data)) = events.next_within(USAGE_MAX).await {
+            while let Ok(Some(data)) = events.next().await {
                 if !matches!(reading.event(&data, ready), Ok(Progress::Ended)) {
                     break;
                 }
             }
         };
         // An end that drags on is not waited for.
-        let _ = timeout(USAGE_MAX, work).await;
+        let _ = timeout(within, work).await;
     }
 
     fn close(&mut self) {

@@ -179,7 +179,10 @@ impl Reading {
                 }
                 call.arguments.push_str(&arguments);
             }
-            None if self.how.single_call && !self.calls.is_empty() => return Ok(true),
+            // The first may still be written, where pieces of several calls take turns.
+            None if self.how.single_call && !self.calls.is_empty() => {
+                return Ok(self.calls.first().is_some_and(|first| object(&first.arguments).is_some()));
+            }
             None if self.calls.len() >= CALLS_MAX => {
                 return Err(Trouble::Malformed(format!("more than {CALLS_MAX} tool calls")));
             }
@@ -192,15 +195,16 @@ impl Reading {
     fn call(&mut self, parts: &mut VecDeque<Part>) {
         self.calls.sort_by_key(|call| call.index);
         for Call { name, arguments, .. } in self.calls.drain(..) {
-            let arguments = if arguments.trim().is_empty() { "{}".to_owned() } else { arguments };
-            let object = serde_json::from_str::<Value>(&arguments).is_ok_and(|value| value.is_object());
-            if object && !name.is_empty() {
-                let index = self.tools_called;
-                self.tools_called += 1;
-                parts.push_back(Part::Delta(Delta::ToolCall { index, name, arguments }));
-            } else {
-                self.malformed_calls += 1;
-                parts.push_back(Part::Delta(Delta::Malformed { text: format!("{name}{arguments}") }));
+            match object(&arguments) {
+                Some(arguments) if !name.is_empty() => {
+                    let (index, arguments) = (self.tools_called, arguments.to_owned());
+                    self.tools_called += 1;
+                    parts.push_back(Part::Delta(Delta::ToolCall { index, name, arguments }));
+                }
+                _ => {
+                    self.malformed_calls += 1;
+                    parts.push_back(Part::Delta(Delta::Malformed { text: format!("{name}{arguments}") }));
+                }
             }
         }
     }
@@ -256,6 +260,12 @@ impl Reading {
         };
         tokens.into_iter().map(with_offset).collect()
     }
+}
+
+/// Arguments that are whole. A call without any is one of an empty object.
+fn object(arguments: &str) -> Option<&str> {
+    let arguments = if arguments.trim().is_empty() { "{}" } else { arguments };
+    serde_json::from_str::<Value>(arguments).is_ok_and(|value| value.is_object()).then_some(arguments)
 }
 
 /// Takes the characters out of `bytes` that are complete, and counts them.

@@ -1,1 +1,0 @@
-//! Against stand-ins of several kinds.
