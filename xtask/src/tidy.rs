@@ -21,6 +21,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("mesh-backend-mlx", &["mesh-core", "mesh-graph"]),
     ("mesh-backend-llama-server", &["mesh-core"]),
     ("mesh-backend-mesh", &["mesh-core", "mesh-peers"]),
+    ("mesh-backend-openai", &["mesh-core"]),
     (
         "mesh-llm",
         &[
@@ -32,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "mesh-families",
             "mesh-backend-mlx",
             "mesh-backend-llama-server",
+            "mesh-backend-openai",
         ],
     ),
     ("conformance", &["mesh-core"]),

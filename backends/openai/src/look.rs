@@ -1,0 +1,384 @@
+//! One look at the server: is it there, what kind is it, which models has it, and what is known of them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, stream};
+use mesh_core::Knob;
+use serde_json::{Value, json};
+
+use crate::{
+    client::Upstream,
+    error::Trouble,
+    kind::{self, Asked, Kind, Manners, Thinking},
+    probe,
+    wire::Models,
+};
+
+/// Most models of a server that are offered.
+pub(crate) const MODELS_MAX: usize = 256;
+/// Longest name of a model, in bytes.
+const NAME_BYTES_MAX: usize = 256;
+/// Largest list of models that is read, in bytes.
+const LIST_BYTES_MAX: usize = 4 << 20;
+/// Largest answer about one model that is read, in bytes.
+const DETAIL_BYTES_MAX: usize = 2 << 20;
+/// How long what is known of models holds.
+const DETAILS_MAX: Duration = Duration::from_secs(30);
+/// Models that are asked about at the same time.
+const AT_ONCE_MAX: usize = 4;
+/// Models that are asked whether they give embeddings, where only asking tells.
+const EMBEDDERS_ASKED_MAX: usize = 16;
+/// The context of a model whose server does not tell, in tokens: what Ollama gives a model unless told otherwise, and no more
+/// than any model of today has.
+pub(crate) const CONTEXT_UNTOLD: u32 = 4096;
+
+/// What one look found.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Found {
+    pub kind: Kind,
+    pub version: Option<String>,
+    pub models: Vec<Facts>,
+    /// Models beyond those that are offered, or with names that are none.
+    pub left_out: usize,
+}
+
+/// What is known of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Facts {
+    pub name: String,
+    pub manners: Manners,
+    /// As the server says.
+    pub context_tokens: Option<u32>,
+    /// Requests computed at the same time, as it says.
+    pub parallel: Option<u32>,
+    /// Where the model is from, as it says.
+    pub reference: Option<String>,
+    pub quantization: Option<String>,
+    pub parameters: Option<u64>,
+    pub weight_bytes: Option<u64>,
+    /// As another mesh-llm says.
+    pub reasoning: Option<String>,
+}
+
+/// Looks, and remembers what need not be asked anew.
+pub(crate) struct Looker {
+    within: Duration,
+    known: Option<Known>,
+}
+
+struct Known {
+    kind: Kind,
+    version: Option<String>,
+    honoured: Vec<Asked>,
+    /// Whether models give embeddings, where that had to be asked.
+    embedders: BTreeMap<String, bool>,
+    details: Details,
+    at: Instant,
+}
+
+/// What a server tells of its models beside the list.
+#[derive(Default)]
+struct Details {
+    names: BTreeSet<String>,
+    /// llama-server's `/props`.
+    props: Value,
+    /// By model: Ollama's `/api/show`, LM Studio's `/api/v0/models`.
+    of: BTreeMap<String, Value>,
+    /// Ollama's `/api/ps`: the contexts of loaded models.
+    loaded: BTreeMap<String, u32>,
+}
+
+impl Looker {
+    pub fn new(within: Duration) -> Self {
+        Self { within, known: None }
+    }
+
+    /// Forgets what the server was: another may be in its place.
+    pub fn forget(&mut self) {
+        self.known = None;
+    }
+
+    pub async fn look(&mut self, upstream: &Upstream) -> Result<Found, Trouble> {
+        let list: Models = upstream.get_json("/v1/models", self.within, LIST_BYTES_MAX).await?;
+        let listed = list.data.len();
+        let mut names = BTreeSet::new();
+        let mut entries = list.data;
+        entries.retain(|entry| serves(entry) && name(entry).is_some_and(|name| names.insert(name.to_owned())));
+        entries.truncate(MODELS_MAX);
+        let names: BTreeSet<String> = entries.iter().filter_map(name).map(str::to_owned).collect();
+        if self.known.as_ref().is_some_and(|known| owner(&entries).is_some_and(|owner| owner != known.kind)) {
+            self.forget();
+        }
+        let mut known = match self.known.take() {
+            Some(known) => known,
+            None => self.identify(upstream, &entries).await?,
+        };
+        if known.kind == Kind::LlamaServer {
+            // The list is there before the model is.
+            upstream.get("/health", self.within, DETAIL_BYTES_MAX).await?;
+        }
+        if known.details.names != names || known.at.elapsed() > DETAILS_MAX {
+            known.details = self.details(upstream, known.kind, names).await?;
+            known.at = Instant::now();
+            self.ask_for_embeddings(upstream, &mut known).await?;
+        }
+        let models: Vec<Facts> = entries.iter().filter_map(|entry| facts(&known, entry)).collect();
+        let (kind, version) = (known.kind, known.version.clone());
+        // What an empty server is cannot be told for long.
+        self.known = Some(known).filter(|_| !models.is_empty());
+        Ok(Found { kind, version, left_out: listed - models.len(), models })
+    }
+
+    async fn identify(&self, upstream: &Upstream, entries: &[Value]) -> Result<Known, Trouble> {
+        let (kind, version) = self.kind(upstream, entries).await?;
+        let first = entries.iter().find_map(name).unwrap_or_default();
+        let honoured =
+            if first.is_empty() { Vec::new() } else { probe::honoured(upstream, kind, first, self.within).await? };
+        tracing::debug!(%kind, ?honoured, "the shared server was asked what it honours");
+        let details = Details::default();
+        Ok(Known { kind, version, honoured, embedders: BTreeMap::new(), details, at: Instant::now() })
+    }
+
+    async fn kind(&self, upstream: &Upstream, entries: &[Value]) -> Result<(Kind, Option<String>), Trouble> {
+        let version = |value: &Value| value.get("version").and_then(Value::as_str).map(short);
+        let owner = owner(entries);
+        if let Some(kind @ (Kind::Vllm | Kind::MeshLlm)) = owner {
+            let told = self.told(upstream, "/version").await?;
+            return Ok((kind, version(&told)));
+        }
+        let props = self.told(upstream, "/props").await?;
+        if owner == Some(Kind::LlamaServer) || props.get("default_generation_settings").is_some() {
+            return Ok((Kind::LlamaServer, props.get("build_info").and_then(Value::as_str).map(short)));
+        }
+        let home = sure(upstream.get("/", self.within, DETAIL_BYTES_MAX).await)?.unwrap_or_default();
+        if home.starts_with(b"Ollama is running") {
+            let told = self.told(upstream, "/api/version").await?;
+            return Ok((Kind::Ollama, version(&told)));
+        }
+        let listed = self.told(upstream, "/api/v0/models").await?;
+        let of_lm_studio = |entry: &Value| entry.get("max_context_length").is_some() && entry.get("state").is_some();
+        if listed.get("data").and_then(Value::as_array).is_some_and(|data| data.iter().any(of_lm_studio)) {
+            return Ok((Kind::LmStudio, None));
+        }
+        Ok((Kind::Other, None))
+    }
+
+    async fn details(&self, upstream: &Upstream, kind: Kind, names: BTreeSet<String>) -> Result<Details, Trouble> {
+        let mut details = Details::default();
+        match kind {
+            Kind::LlamaServer => details.props = self.told(upstream, "/props").await?,
+            Kind::LmStudio => {
+                let listed = self.told(upstream, "/api/v0/models").await?;
+                let data = listed.get("data").and_then(Value::as_array).cloned().unwrap_or_default();
+                details.of = data.into_iter().filter_map(|entry| Some((name(&entry)?.to_owned(), entry))).collect();
+            }
+            Kind::Ollama => {
+                let loaded = self.told(upstream, "/api/ps").await?;
+                let loaded = loaded.get("models").and_then(Value::as_array).cloned().unwrap_or_default();
+                let context = |model: &Value| {
+                    let name = model.get("name").or(model.get("model"))?.as_str()?.to_owned();
+                    Some((name, number(model.get("context_length"))?))
+                };
+                details.loaded = loaded.iter().filter_map(context).collect();
+                let shown = stream::iter(names.clone()).map(|name| async move {
+                    let body = json!({ "model": name });
+                    let shown = upstream.post::<Value>("/api/show", &body, self.within, DETAIL_BYTES_MAX).await;
+                    Ok::<_, Trouble>((name, sure(shown)?.unwrap_or_default()))
+                });
+                let shown: Vec<_> = shown.buffer_unordered(AT_ONCE_MAX).collect().await;
+                details.of = shown.into_iter().collect::<Result<_, _>>()?;
+            }
+            Kind::Vllm | Kind::MeshLlm | Kind::Other => {}
+        }
+        Ok(Details { names, ..details })
+    }
+
+    /// Where neither the list nor the details tell, a request does.
+    async fn ask_for_embeddings(&self, upstream: &Upstream, known: &mut Known) -> Result<(), Trouble> {
+        if !matches!(known.kind, Kind::Vllm | Kind::LlamaServer | Kind::Other) {
+            return Ok(());
+        }
+        known.embedders.retain(|name, _| known.details.names.contains(name));
+        let new: Vec<_> = known.details.names.iter().filter(|name| !known.embedders.contains_key(*name)).collect();
+        for name in new.into_iter().take(EMBEDDERS_ASKED_MAX) {
+            let body = json!({ "model": name, "input": "a" });
+            let answer = upstream.post::<Value>("/v1/embeddings", &body, self.within, DETAIL_BYTES_MAX).await;
+            let vector = sure(answer)?.unwrap_or_default();
+            let gives = vector.pointer("/data/0/embedding").is_some_and(Value::is_array);
+            known.embedders.insert(name.clone(), gives);
+        }
+        Ok(())
+    }
+
+    /// What is said at `path`; null where it is refused.
+    async fn told(&self, upstream: &Upstream, path: &str) -> Result<Value, Trouble> {
+        Ok(sure(upstream.get_json(path, self.within, DETAIL_BYTES_MAX).await)?.unwrap_or_default())
+    }
+}
+
+/// An answer, or none where the server has none to this question. That it is gone is something else.
+fn sure<T>(answer: Result<T, Trouble>) -> Result<Option<T>, Trouble> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error @ (Trouble::Unreachable(_) | Trouble::Broke(_) | Trouble::Silent(_))) => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+fn name(entry: &Value) -> Option<&str> {
+    let name = entry.get("id")?.as_str()?;
+    (!name.is_empty() && name.len() <= NAME_BYTES_MAX && !name.contains(char::is_control)).then_some(name)
+}
+
+/// Whether a model of the list can be asked for. Another mesh-llm lists those that failed, too.
+fn serves(entry: &Value) -> bool {
+    !matches!(entry.get("status").and_then(Value::as_str), Some("failed" | "stopped"))
+}
+
+/// The kind that the models' owner tells.
+fn owner(entries: &[Value]) -> Option<Kind> {
+    match entries.iter().find_map(|entry| entry.get("owned_by")?.as_str())? {
+        "vllm" => Some(Kind::Vllm),
+        "llamacpp" => Some(Kind::LlamaServer),
+        "mesh-llm" => Some(Kind::MeshLlm),
+        _ => None,
+    }
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(64).collect()
+}
+
+/// A number of tokens or places, if it is one and above 0.
+fn number(value: Option<&Value>) -> Option<u32> {
+    u32::try_from(value?.as_u64()?).ok().filter(|number| *number > 0)
+}
+
+fn words(value: Option<&Value>) -> Option<impl Iterator<Item = &str>> {
+    Some(value?.as_array()?.iter().filter_map(Value::as_str))
+}
+
+fn facts(known: &Known, entry: &Value) -> Option<Facts> {
+    let name = name(entry)?.to_owned();
+    let mut manners = known.kind.manners();
+    known.honoured.iter().for_each(|asked| asked.settle(&mut manners));
+    manners.embeddings = known.embedders.get(&name).copied().unwrap_or(false);
+    let text = |key: &str| entry.get(key).and_then(Value::as_str).filter(|text| text.len() <= NAME_BYTES_MAX);
+    let mut facts = Facts {
+        manners,
+        context_tokens: None,
+        parallel: None,
+        reference: None,
+        quantization: None,
+        parameters: None,
+        weight_bytes: None,
+        reasoning: None,
+        name,
+    };
+    match known.kind {
+        Kind::Vllm => {
+            facts.context_tokens = number(entry.get("max_model_len"));
+            // It serves a model for the one or the other.
+            let embeds = facts.manners.embeddings;
+            (facts.manners.chat, facts.manners.text) = (!embeds, !embeds);
+        }
+        Kind::LlamaServer => of_llama_server(&mut facts, entry, known),
+        Kind::Ollama => of_ollama(&mut facts, known),
+        Kind::LmStudio => of_lm_studio(&mut facts, known),
+        Kind::MeshLlm => {
+            facts.quantization = text("quantization").map(str::to_owned);
+            facts.parameters = entry.get("parameters").and_then(Value::as_u64);
+            facts.weight_bytes = entry.get("weight_bytes").and_then(Value::as_u64);
+            facts.context_tokens = number(entry.get("context_length"));
+            of_mesh_llm(&mut facts, entry.get("capabilities").unwrap_or(&Value::Null));
+        }
+        Kind::Other => {
+            let keys = ["max_model_len", "context_length", "context_window", "max_context_length"];
+            let trained = || number(entry.pointer("/meta/n_ctx_train"));
+            facts.context_tokens = keys.iter().find_map(|key| number(entry.get(*key))).or_else(trained);
+        }
+    }
+    Some(facts)
+}
+
+fn of_llama_server(facts: &mut Facts, entry: &Value, known: &Known) {
+    let props = &known.details.props;
+    facts.parameters = entry.pointer("/meta/n_params").and_then(Value::as_u64);
+    facts.weight_bytes = entry.pointer("/meta/size").and_then(Value::as_u64);
+    let meta = |key: &str| number(entry.pointer(key));
+    facts.context_tokens = meta("/meta/n_ctx").or_else(|| meta("/meta/n_ctx_train"));
+    // With several models the settings are nobody's in particular.
+    if known.details.names.len() == 1 {
+        facts.context_tokens =
+            number(props.pointer("/default_generation_settings/n_ctx")).or(facts.context_tokens.take());
+        facts.parallel = number(props.get("total_slots"));
+        if let Some(template) = props.get("chat_template").and_then(Value::as_str) {
+            let (switch, effort) = (template.contains("enable_thinking"), template.contains("reasoning_effort"));
+            if switch || effort {
+                facts.manners.thinking = Thinking::Variables { switch, effort };
+            }
+        }
+    }
+}
+
+fn of_ollama(facts: &mut Facts, known: &Known) {
+    let none = Value::Null;
+    let shown = known.details.of.get(&facts.name).unwrap_or(&none);
+    let detail = |key: &str| shown.pointer(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
+    facts.quantization = detail("/details/quantization_level").map(str::to_owned);
+    facts.parameters = shown.pointer("/model_info/general.parameter_count").and_then(Value::as_u64);
+    // What the model was made for is not what it is given: that is `num_ctx`, or 4096 tokens, and more is cut off.
+    let own = detail("/model_info/general.architecture")
+        .and_then(|architecture| number(shown.get("model_info")?.get(format!("{architecture}.context_length"))));
+    let parameters = shown.get("parameters").and_then(Value::as_str).unwrap_or_default();
+    let set = parameters.lines().find_map(|line| line.trim().strip_prefix("num_ctx")?.trim().parse().ok());
+    let loaded = known.details.loaded.get(&facts.name).copied();
+    facts.context_tokens = loaded.or(set).or_else(|| own.filter(|own| *own <= CONTEXT_UNTOLD));
+    if let Some(can) = words(shown.get("capabilities")) {
+        let can: Vec<_> = can.collect();
+        let manners = &mut facts.manners;
+        (manners.chat, manners.text) = (can.contains(&"completion"), can.contains(&"completion"));
+        manners.tools = can.contains(&"tools");
+        manners.embeddings = can.contains(&"embedding");
+        if can.contains(&"thinking") {
+            manners.thinking = Thinking::Effort;
+        }
+    }
+}
+
+fn of_lm_studio(facts: &mut Facts, known: &Known) {
+    let none = Value::Null;
+    let listed = known.details.of.get(&facts.name).unwrap_or(&none);
+    let text = |key: &str| listed.get(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
+    facts.quantization = text("quantization").map(str::to_owned);
+    // A model that is not loaded gets a context when it is, which may be less than what it was made for.
+    let own = || number(listed.get("max_context_length")).filter(|own| *own <= CONTEXT_UNTOLD);
+    facts.context_tokens = number(listed.get("loaded_context_length")).or_else(own);
+    if text("type") == Some("embeddings") {
+        facts.manners.embeddings = true;
+        (facts.manners.chat, facts.manners.text) = (false, false);
+    }
+}
+
+fn of_mesh_llm(facts: &mut Facts, can: &Value) {
+    let says = |key: &str| can.get(key).and_then(Value::as_bool);
+    let manners = &mut facts.manners;
+    manners.chat = says("chat").unwrap_or(true);
+    manners.tools = says("tools").unwrap_or(false);
+    manners.embeddings = says("embeddings").unwrap_or(false);
+    facts.reasoning = can.get("reasoning").and_then(Value::as_str).map(short);
+    if let Some(parameters) = words(can.get("parameters")) {
+        manners.knobs = parameters.filter_map(kind::knob).collect();
+        let grammar = |word: &str| match word {
+            "json_schema" => Some(Knob::JsonSchema),
+            "regex" => Some(Knob::Regex),
+            "lark" => Some(Knob::Lark),
+            _ => None,
+        };
+        let grammars = words(can.get("grammars")).into_iter().flatten().filter_map(grammar);
+        manners.knobs.extend(grammars);
+    }
+}
