@@ -376,9 +376,12 @@ impl Directory {
         quiet.map(|(node, _)| *node).collect()
     }
 
-    /// Those whose leases ended, latest first: after a partition they may be there, and nobody here would know.
-    pub fn lapsed(&self) -> Vec<NodeId> {
-        self.gone.iter().filter(|(_, gone)| gone.lapsed).map(|(node, _)| *node).collect()
+    /// Those that were lost, or whose leases ended: after a partition they may be there, and nobody here would know unless
+    /// somebody tries to reach one of them every now and then.
+    pub fn missing(&self) -> Vec<NodeId> {
+        let lost = self.members.iter().filter(|(_, member)| member.lost).map(|(node, _)| *node);
+        let lapsed = self.gone.iter().filter(|(_, gone)| gone.lapsed).map(|(node, _)| *node);
+        lost.chain(lapsed).collect()
     }
 
     /// What is known, for a node that has just come.

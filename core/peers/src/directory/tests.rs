@@ -63,9 +63,9 @@ fn a_lease_is_over_exactly_when_it_is() {
     assert_eq!(directory.next_expiry(), None);
     // What was said before the lease ended does not come back.
     assert_eq!(directory.hear(advert(1, 1, 0, &["a"]), at(6001)), Heard::Stale);
-    assert_eq!(directory.lapsed(), [node(1)]);
+    assert_eq!(directory.missing(), [node(1)]);
     assert_eq!(directory.hear(advert(1, 1, 1, &["a"]), at(6002)), Heard::New);
-    assert_eq!(directory.lapsed(), []);
+    assert_eq!(directory.missing(), []);
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn who_leaves_is_gone_and_stays_so() {
     assert_eq!(who(&directory, "a", at(2)), []);
     assert_eq!(directory.hear(advert(1, 1, 1, &["a"]), at(3)), Heard::Stale);
     assert_eq!(directory.hear(advert(1, 2, 0, &["a"]), at(4)), Heard::New);
-    assert_eq!(directory.lapsed(), []);
+    assert_eq!(directory.missing(), []);
 }
 
 #[test]
@@ -98,6 +98,7 @@ fn a_lost_node_is_routed_to_again_once_it_is_heard() {
         assert_eq!(directory.lost(node(1), at(10)), Some(loss));
         assert_eq!(directory.lost(node(1), at(10)), None, "it is told once");
         assert_eq!(who(&directory, "a", at(11)), []);
+        assert_eq!(directory.missing(), [node(1)]);
         assert_eq!(directory.hear(advert(1, 1, 0, &["a"]), at(12)), Heard::Stale);
         assert_eq!(who(&directory, "a", at(13)), []);
         show(&mut directory);
