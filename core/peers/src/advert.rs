@@ -2,6 +2,8 @@
 //! names, so that a field which one side does not know is passed over by it. Whatever comes in is bounded before it is read.
 
 mod codec;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeSet, sync::Arc};
 

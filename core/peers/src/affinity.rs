@@ -1,6 +1,9 @@
 //! Who has seen the beginning of a conversation: its next turn goes there, where the prefix need not be read again. Only
 //! hashes are kept, and they stay on this machine.
 
+#[cfg(test)]
+mod tests;
+
 use std::{collections::BTreeMap, num::NonZeroUsize};
 
 use lru::LruCache;

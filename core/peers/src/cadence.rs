@@ -26,6 +26,9 @@ pub const PULSE_IDLE: Duration = Duration::from_secs(1);
 /// Time between two pulses over a connection that was used in the last [`USED`], and between neighbours.
 pub const PULSE_USED: Duration = Duration::from_millis(250);
 
+/// What each connection adds to that: a node that everybody asks sends at most 200 pulses a second.
+const PULSE_PER_CONNECTION: Duration = Duration::from_millis(5);
+
 /// For so long a connection counts as used.
 pub const USED: Duration = Duration::from_secs(30);
 
@@ -46,9 +49,11 @@ pub fn lease(members: usize) -> Duration {
     (heartbeat(members) * HEARTBEATS_A_LEASE).clamp(LEASE_MIN, LEASE_MAX)
 }
 
-/// Time to the next pulse over a connection that was used so long ago.
-pub fn pulse(unused: Duration) -> Duration {
-    if unused < USED { PULSE_USED } else { PULSE_IDLE }
+/// Time to the next pulse over a connection that was used so long ago, for a node that has so many connections.
+pub fn pulse(unused: Duration, connections: usize) -> Duration {
+    let least = if unused < USED { PULSE_USED } else { PULSE_IDLE };
+    let connections = u32::try_from(connections).unwrap_or(u32::MAX);
+    PULSE_PER_CONNECTION.saturating_mul(connections).clamp(least, PULSE_MAX)
 }
 
 #[cfg(test)]
@@ -65,5 +70,13 @@ mod tests {
             assert!(members as f64 / heartbeat(members).as_secs_f64() <= 50.0);
             assert!(lease(members) >= heartbeat(members) * 2);
         }
+    }
+
+    #[test]
+    fn who_is_asked_by_many_pulses_slower() {
+        assert_eq!(pulse(Duration::ZERO, 1), PULSE_USED);
+        assert_eq!(pulse(USED, 1), PULSE_IDLE);
+        assert_eq!(pulse(Duration::ZERO, 100), Duration::from_millis(500));
+        assert_eq!(pulse(USED, usize::MAX), PULSE_MAX);
     }
 }

@@ -226,7 +226,8 @@ impl Directory {
             return Heard::Refused(refused);
         }
         self.gone.pop(&node);
-        let before = self.remove(&node);
+        // One whose lease is over is not there, whether that was noticed or not.
+        let before = self.remove(&node).filter(|member| now < member.expires);
         let heard = match &before {
             None => Heard::New,
             // Loads change all the time, and are no change of what is offered.
@@ -267,12 +268,9 @@ impl Directory {
 
     /// Takes note of a pulse that came over the connection to a node.
     pub fn pulse(&mut self, node: NodeId, pulse: &Pulse, round_trip: Option<Duration>, now: Duration) -> Pulsed {
-        let Some(mut member) = self.remove(&node) else { return Pulsed::Stale };
+        let current = |member: &mut Member| now < member.expires && pulse.incarnation >= member.advert.incarnation;
+        let Some(mut member) = self.remove_if(&node, current) else { return Pulsed::Stale };
         let known = (member.advert.incarnation, member.advert.sequence);
-        if pulse.incarnation < known.0 {
-            self.insert(member);
-            return Pulsed::Stale;
-        }
         let interval = Duration::from_millis(pulse.next_ms.into());
         let same_start = pulse.incarnation == known.0;
         member.due = Some(Due { at: now + interval, interval });
@@ -378,9 +376,12 @@ impl Directory {
         quiet.map(|(node, _)| *node).collect()
     }
 
-    /// Those whose leases ended, latest first: after a partition they may be there, and nobody here would know.
-    pub fn lapsed(&self) -> Vec<NodeId> {
-        self.gone.iter().filter(|(_, gone)| gone.lapsed).map(|(node, _)| *node).collect()
+    /// Those that were lost, or whose leases ended: after a partition they may be there, and nobody here would know unless
+    /// somebody tries to reach one of them every now and then.
+    pub fn missing(&self) -> Vec<NodeId> {
+        let lost = self.members.iter().filter(|(_, member)| member.lost).map(|(node, _)| *node);
+        let lapsed = self.gone.iter().filter(|(_, gone)| gone.lapsed).map(|(node, _)| *node);
+        lost.chain(lapsed).collect()
     }
 
     /// What is known, for a node that has just come.
@@ -400,7 +401,11 @@ impl Directory {
     }
 
     fn remove(&mut self, node: &NodeId) -> Option<Member> {
-        let member = self.members.remove(node)?;
+        self.remove_if(node, |_| true)
+    }
+
+    fn remove_if(&mut self, node: &NodeId, wanted: impl FnOnce(&mut Member) -> bool) -> Option<Member> {
+        let member = self.members.get_mut(node).is_some_and(wanted).then(|| self.members.remove(node))??;
         self.excess -= member.weight.saturating_sub(self.bounds.share_bytes());
         self.expiries.remove(&(member.expires, *node));
         Some(member)

@@ -13,6 +13,8 @@ pub mod cadence;
 pub mod directory;
 mod id;
 pub mod policy;
+#[cfg(test)]
+mod samples;
 
 pub use advert::{Advert, AdvertError, Loss, Pulse};
 pub use affinity::Affinity;
