@@ -33,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "mesh-families",
             "mesh-backend-mlx",
             "mesh-backend-llama-server",
+            "mesh-backend-mesh",
             "mesh-backend-openai",
         ],
     ),

@@ -28,11 +28,11 @@ pub use inventory as __inventory;
 pub use choice::{Choice, choose};
 pub use constraint::{ConstraintError, Vocabulary};
 pub use decoder::StreamDecoder;
-pub use mesh_core::Delta;
 pub use dialect::{
     Answer, AnsweredCall, CallIds, CallSchema, Dialect, DialectParser, Evidence, ParserContext, ReasoningForm,
     assemble, dialects,
 };
+pub use mesh_core::Delta;
 pub use mesh_core::error::TemplateError;
 pub use stop::{StopFilter, StopOutput};
 pub use template::{Template, TemplateInput};

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::{
     access::AccessTable,
     failure::{Exit, Failure},
-    mesh::MeshTable,
+    mesh::{MeshTable, ShareTable},
 };
 
 /// Longest configuration file that is read, in bytes.
@@ -62,6 +62,9 @@ pub struct Config {
     /// How this machine takes part in a mesh.
     #[serde(default)]
     pub mesh: MeshTable,
+    /// Servers whose models are offered beside those of this one.
+    #[serde(default)]
+    pub share: Vec<ShareTable>,
     /// How models are presented to clients.
     #[serde(default)]
     pub api: ApiTable,
@@ -202,6 +205,10 @@ mod tests {
             mdns = false
             relays = ["https://relay.example.org"]
             policy = { prefer = "fastest", cold = "local_first", affinity = 0.5 }
+            [[share]]
+            url = "http://127.0.0.1:11434"
+            name = "ollama"
+            key_file = "key"
             [backends.llama-server]
             args = ["--threads", "2"]
             "#,

@@ -1,12 +1,15 @@
 //! Other machines: what the command line and the configuration file say of them.
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use clap::Args;
 use mesh_backend_mesh::{Home, Mesh, Options, PORT, Policy, RelayUrl, Ticket};
+use mesh_backend_openai::{ShareOptions, Shared};
 use mesh_core::{Hint, node::Elsewhere};
 use mesh_llm::{hosting::Hosting, slots::Slots};
 use serde::Deserialize;
@@ -41,7 +44,27 @@ pub struct MeshArgs {
     /// Relay for machines that do not reach one another; none is used unless it is named. May be repeated
     #[arg(long, value_name = "URL")]
     pub relay: Vec<RelayUrl>,
+    /// Offer the models of a server that speaks OpenAI's API beside those of this one: vLLM, Ollama, LM Studio. May be
+    /// repeated. Where no model is named, this server has none of its own then. MESH_LLM_SHARE_KEY is the key it asks for
+    #[arg(long, value_name = "URL")]
+    pub share: Vec<String>,
 }
+
+/// A server whose models are offered, in the configuration file.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareTable {
+    /// Where it is.
+    pub url: String,
+    /// What it is called; `share` if absent.
+    pub name: Option<String>,
+    /// The file that holds the key it asks for.
+    pub key_file: Option<PathBuf>,
+}
+
+/// Longest file of a key, in bytes.
+const KEY_BYTES_MAX: u64 = 4 << 10;
+const SHARE_KEY: &str = "MESH_LLM_SHARE_KEY";
 
 /// The same in the configuration file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -107,6 +130,35 @@ pub async fn mesh(args: &MeshArgs, table: &MeshTable) -> Result<Option<Arc<Mesh>
     Mesh::start(options, args.join.as_ref()).await.map(Some).map_err(|error| failure(&error))
 }
 
+/// The servers beside this one, those of the command line first.
+pub async fn shared(args: &MeshArgs, tables: &[ShareTable]) -> Result<Vec<Arc<dyn Elsewhere>>, Failure> {
+    let named = args.share.iter().map(|url| ShareTable { url: url.clone(), name: None, key_file: None });
+    let mut shared: Vec<Arc<dyn Elsewhere>> = Vec::new();
+    for ShareTable { url, name, key_file } in named.chain(tables.iter().cloned()) {
+        let name = name.unwrap_or_else(|| match shared.len() {
+            0 => "share".into(),
+            before => format!("share-{}", before + 1),
+        });
+        let key = match key_file {
+            Some(file) => Some(key_of(&file)?),
+            None => std::env::var(SHARE_KEY).ok().filter(|key| !key.is_empty()),
+        };
+        let started = Shared::start(ShareOptions { key, ..ShareOptions::new(url, name) }).await;
+        shared.push(started.map_err(|error| failure(&error))?);
+    }
+    Ok(shared)
+}
+
+fn key_of(file: &Path) -> Result<String, Failure> {
+    let failed = |what: String| Failure::new(Exit::Usage, format!("{}: {what}", file.display()));
+    let length = fs::metadata(file).map_err(|error| failed(error.to_string()))?.len();
+    if length > KEY_BYTES_MAX {
+        return Err(failed(format!("a key has {KEY_BYTES_MAX} bytes at most")));
+    }
+    let key = fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
+    Ok(key.trim().to_owned())
+}
+
 /// What others serve, and what this server serves for them.
 #[derive(Default)]
 pub struct Others {
@@ -132,6 +184,10 @@ impl Others {
 
     /// Says what this server is part of.
     pub fn announce(&self, output: &Output) {
+        for source in &self.shared {
+            let models: Vec<String> = source.models().into_iter().map(|model| model.name).collect();
+            output.step("share", if models.is_empty() { "nothing at the moment".into() } else { models.join(", ") });
+        }
         if let Some(mesh) = &self.mesh {
             output.step("mesh", format!("{} as {}", mesh.name(), mesh.node_name()));
         }

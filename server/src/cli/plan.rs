@@ -211,6 +211,11 @@ impl Setting {
         self.checked(ModelPlan::new(args, &self.config, |id| self.formats(id)))
     }
 
+    /// Whether neither the command line nor the configuration file says which model to serve.
+    pub fn names_no_model(&self, args: &ServedArgs) -> bool {
+        self.config.models.is_empty() && asked(&args.model, &args.weights, &self.config).is_empty()
+    }
+
     /// The plans for a server's models, if their backends exist.
     pub fn kept(&self, args: &ServedArgs) -> Result<Vec<KeptPlan>, Failure> {
         let kept = kept(args, &self.config, |id| self.formats(id))?;

@@ -32,13 +32,17 @@ const GRACE: Duration = Duration::from_secs(30);
 
 pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::limited(&args.environment, &args.limits)?;
-    let kept = setting.kept(&args.model)?;
+    let shares = !args.mesh.share.is_empty() || !setting.config.share.is_empty();
+    let kept = if shares && setting.names_no_model(&args.model) { Vec::new() } else { setting.kept(&args.model)? };
     let wanted = setting.address(args.host, args.port);
     let options = access::options(&args.access, &setting.config.access, wanted.ip())?;
     // Bound before anything is loaded: a model takes its time, an address does not.
     let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
     let address = listener.local_addr().unwrap_or(wanted);
-    let others = Others { mesh: mesh::mesh(&args.mesh, &setting.config.mesh).await?, ..Others::default() };
+    let others = Others {
+        shared: mesh::shared(&args.mesh, &setting.config.share).await?,
+        mesh: mesh::mesh(&args.mesh, &setting.config.mesh).await?,
+    };
     others.announce(output);
 
     let (steps, mut outcomes) = mpsc::unbounded_channel();
@@ -86,7 +90,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
                 }
             }
         }
-        if failures.len() >= slots.iter().count() {
+        if !failures.is_empty() && failures.len() >= slots.iter().count() {
             return failures.swap_remove(0);
         }
         announce(output, address, scheme, key, &slots);
@@ -119,10 +123,11 @@ pub async fn client(args: ClientArgs, output: &Output) -> Result<(), Failure> {
     let Some(mesh) = mesh else {
         return Err(mesh::failure(&mesh_backend_mesh::HomeError::NoMesh));
     };
-    let others = Others { mesh: Some(mesh), ..Others::default() };
+    let others = Others { shared: mesh::shared(&args.mesh, &setting.config.share).await?, mesh: Some(mesh) };
     others.announce(output);
     let remote = RemoteModels::new(others.sources(), setting.config.api.manner());
     let slots = Slots::spawn_beside(Vec::new(), Keeping::default(), remote);
+    others.serve(&slots);
     let scheme = if options.tls.is_some() { "https" } else { "http" };
     output.line(format_args!("listening on {scheme}://{address}"));
     output.line(format_args!("the models of the other machines: curl {scheme}://{}/v1/models", reachable(address)));
@@ -240,7 +245,8 @@ fn log(slots: &Slots, index: usize, step: &StartStep) {
 fn announce(output: &Output, address: SocketAddr, scheme: &str, key: &str, slots: &Slots) {
     output.line(format_args!("listening on {scheme}://{address}"));
     let ready = |slot: &&Slot| matches!(slot.state(), SlotState::Ready(_));
-    let model = slots.iter().find(ready).or(slots.iter().next()).map(Slot::name);
+    let own = slots.iter().find(ready).or(slots.iter().next()).map(Slot::name);
+    let model = own.or_else(|| slots.remote().names().into_iter().next());
     let body = serde_json::json!({ "model": model, "messages": [{ "role": "user", "content": "Hello" }] });
     let body = body.to_string().replace('\'', r"'\''");
     output.line(format_args!(
