@@ -52,14 +52,6 @@ impl Link {
         }
     }
 
-    fn rejected(&self, id: &str, trouble: &Trouble) -> Rejection {
-        let rejection = error::rejection(trouble, &self.upstream.veil);
-        if rejection.may_go_elsewhere() {
-            self.noted(id, trouble);
-        }
-        rejection
-    }
-
     fn hear(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
@@ -68,6 +60,8 @@ impl Link {
 /// A model that the server lists.
 pub(crate) struct SharedModel {
     pub offer: ModelOffer,
+    /// What the server calls it.
+    id: String,
     pub manners: Manners,
     link: Arc<Link>,
     state: watch::Sender<EngineState>,
@@ -78,9 +72,10 @@ pub(crate) struct SharedModel {
 }
 
 impl SharedModel {
-    pub fn new(offer: ModelOffer, manners: Manners, link: Arc<Link>) -> Self {
+    pub fn new(offer: ModelOffer, id: String, manners: Manners, link: Arc<Link>) -> Self {
         Self {
             offer,
+            id,
             manners,
             link,
             state: watch::channel(EngineState::Ready).0,
@@ -104,6 +99,18 @@ impl SharedModel {
             }
             serving
         });
+    }
+
+    /// What clients are told of a request that the server did not take.
+    fn rejected(&self, job: &str, trouble: &Trouble) -> Rejection {
+        let mut rejection = error::rejection(trouble, &self.link.upstream.veil);
+        if rejection.may_go_elsewhere() {
+            self.link.noted(job, trouble);
+        }
+        if self.id != self.offer.name {
+            rejection.message = rejection.message.replace(&self.id, &self.offer.name);
+        }
+        rejection
     }
 
     /// A place, if it serves.
@@ -149,10 +156,10 @@ impl Engine for SharedModel {
 
     async fn answer(&self, ask: Ask) -> Result<PartStream, Rejection> {
         let running = self.enter()?;
-        let request::Plan { path, body, how } = request::plan(&self.offer.name, &self.manners, &ask)?;
+        let request::Plan { path, body, how } = request::plan(&self.id, &self.manners, &ask)?;
         let events = match self.cancel.run_until_cancelled(self.link.upstream.events(path, &body)).await {
             Some(Ok(events)) => events,
-            Some(Err(trouble)) => return Err(self.link.rejected(&ask.id, &trouble)),
+            Some(Err(trouble)) => return Err(self.rejected(&ask.id, &trouble)),
             None => return Err(Rejection::unavailable("engine_gone", "the server stops", RETRY_AFTER_MIN)),
         };
         let mut ready = VecDeque::new();
@@ -174,11 +181,11 @@ impl Engine for SharedModel {
 
     async fn reply(&self, question: Question) -> Result<Reply, Rejection> {
         let _running = self.enter()?;
-        let work = reply::reply(&self.link.upstream, &self.offer.name, &self.manners, &question);
+        let work = reply::reply(&self.link.upstream, &self.id, &self.manners, &question);
         match self.cancel.run_until_cancelled(work).await {
             Some(Ok(reply)) => Ok(reply),
             Some(Err(reply::Unanswered::Rejected(rejection))) => Err(rejection),
-            Some(Err(reply::Unanswered::Trouble(trouble))) => Err(self.link.rejected("question", &trouble)),
+            Some(Err(reply::Unanswered::Trouble(trouble))) => Err(self.rejected("question", &trouble)),
             None => Err(Rejection::unavailable("engine_gone", "the server stops", RETRY_AFTER_MIN)),
         }
     }

@@ -48,7 +48,10 @@ pub(crate) struct Found {
 /// What is known of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Facts {
+    /// What it is offered as.
     pub name: String,
+    /// What the server calls it, and how it tells of itself.
+    pub id: String,
     pub manners: Manners,
     /// As the server says.
     pub context_tokens: Option<u32>,
@@ -82,7 +85,7 @@ struct Known {
 /// What a server tells of its models beside the list.
 #[derive(Default)]
 struct Details {
-    names: BTreeSet<String>,
+    ids: BTreeSet<String>,
     /// llama-server's `/props`.
     props: Value,
     /// By model: Ollama's `/api/show`, LM Studio's `/api/v0/models`.
@@ -106,9 +109,9 @@ impl Looker {
         let listed = list.data.len();
         let mut names = BTreeSet::new();
         let mut entries = list.data;
-        entries.retain(|entry| serves(entry) && name(entry).is_some_and(|name| names.insert(name.to_owned())));
+        entries.retain(|entry| serves(entry) && id(entry).is_some_and(|id| names.insert(offered(id).to_owned())));
         entries.truncate(MODELS_MAX);
-        let names: BTreeSet<String> = entries.iter().filter_map(name).map(str::to_owned).collect();
+        let ids: BTreeSet<String> = entries.iter().filter_map(id).map(str::to_owned).collect();
         if self.known.as_ref().is_some_and(|known| owner(&entries).is_some_and(|owner| owner != known.kind)) {
             self.forget();
         }
@@ -120,8 +123,8 @@ impl Looker {
             // The list is there before the model is.
             upstream.get("/health", self.within, DETAIL_BYTES_MAX).await?;
         }
-        if known.details.names != names || known.at.elapsed() > DETAILS_MAX {
-            known.details = self.details(upstream, known.kind, names).await?;
+        if known.details.ids != ids || known.at.elapsed() > DETAILS_MAX {
+            known.details = self.details(upstream, known.kind, ids).await?;
             known.at = Instant::now();
             self.ask_for_embeddings(upstream, &mut known).await?;
         }
@@ -134,7 +137,7 @@ impl Looker {
 
     async fn identify(&self, upstream: &Upstream, entries: &[Value]) -> Result<Known, Trouble> {
         let (kind, version) = self.kind(upstream, entries).await?;
-        let first = entries.iter().find_map(name).unwrap_or_default();
+        let first = entries.iter().find_map(id).unwrap_or_default();
         let honoured =
             if first.is_empty() { Vec::new() } else { probe::honoured(upstream, kind, first, self.within).await? };
         tracing::debug!(%kind, ?honoured, "the shared server was asked what it honours");
@@ -166,14 +169,14 @@ impl Looker {
         Ok((Kind::Other, None))
     }
 
-    async fn details(&self, upstream: &Upstream, kind: Kind, names: BTreeSet<String>) -> Result<Details, Trouble> {
+    async fn details(&self, upstream: &Upstream, kind: Kind, ids: BTreeSet<String>) -> Result<Details, Trouble> {
         let mut details = Details::default();
         match kind {
             Kind::LlamaServer => details.props = self.told(upstream, "/props").await?,
             Kind::LmStudio => {
                 let listed = self.told(upstream, "/api/v0/models").await?;
                 let data = listed.get("data").and_then(Value::as_array).cloned().unwrap_or_default();
-                details.of = data.into_iter().filter_map(|entry| Some((name(&entry)?.to_owned(), entry))).collect();
+                details.of = data.into_iter().filter_map(|entry| Some((id(&entry)?.to_owned(), entry))).collect();
             }
             Kind::Ollama => {
                 let loaded = self.told(upstream, "/api/ps").await?;
@@ -183,17 +186,17 @@ impl Looker {
                     Some((name, number(model.get("context_length"))?))
                 };
                 details.loaded = loaded.iter().filter_map(context).collect();
-                let shown = stream::iter(names.clone()).map(|name| async move {
-                    let body = json!({ "model": name });
+                let shown = stream::iter(ids.clone()).map(|id| async move {
+                    let body = json!({ "model": id });
                     let shown = upstream.post::<Value>("/api/show", &body, self.within, DETAIL_BYTES_MAX).await;
-                    Ok::<_, Trouble>((name, sure(shown)?.unwrap_or_default()))
+                    Ok::<_, Trouble>((id, sure(shown)?.unwrap_or_default()))
                 });
                 let shown: Vec<_> = shown.buffer_unordered(AT_ONCE_MAX).collect().await;
                 details.of = shown.into_iter().collect::<Result<_, _>>()?;
             }
             Kind::Vllm | Kind::MeshLlm | Kind::Other => {}
         }
-        Ok(Details { names, ..details })
+        Ok(Details { ids, ..details })
     }
 
     /// Where neither the list nor the details tell, a request does.
@@ -201,14 +204,14 @@ impl Looker {
         if !matches!(known.kind, Kind::Vllm | Kind::LlamaServer | Kind::Other) {
             return Ok(());
         }
-        known.embedders.retain(|name, _| known.details.names.contains(name));
-        let new: Vec<_> = known.details.names.iter().filter(|name| !known.embedders.contains_key(*name)).collect();
-        for name in new.into_iter().take(EMBEDDERS_ASKED_MAX) {
-            let body = json!({ "model": name, "input": "a" });
+        known.embedders.retain(|id, _| known.details.ids.contains(id));
+        let new: Vec<_> = known.details.ids.iter().filter(|id| !known.embedders.contains_key(*id)).collect();
+        for id in new.into_iter().take(EMBEDDERS_ASKED_MAX) {
+            let body = json!({ "model": id, "input": "a" });
             let answer = upstream.post::<Value>("/v1/embeddings", &body, self.within, DETAIL_BYTES_MAX).await;
             let vector = sure(answer)?.unwrap_or_default();
             let gives = vector.pointer("/data/0/embedding").is_some_and(Value::is_array);
-            known.embedders.insert(name.clone(), gives);
+            known.embedders.insert(id.clone(), gives);
         }
         Ok(())
     }
@@ -228,9 +231,21 @@ fn sure<T>(answer: Result<T, Trouble>) -> Result<Option<T>, Trouble> {
     }
 }
 
-fn name(entry: &Value) -> Option<&str> {
-    let name = entry.get("id")?.as_str()?;
-    (!name.is_empty() && name.len() <= NAME_BYTES_MAX && !name.contains(char::is_control)).then_some(name)
+fn id(entry: &Value) -> Option<&str> {
+    let id = entry.get("id")?.as_str()?;
+    let fine = !offered(id).is_empty() && id.len() <= NAME_BYTES_MAX && !id.contains(char::is_control);
+    fine.then_some(id)
+}
+
+/// What the model of that id is offered as: the id, unless that is a place in the files of the server's machine, as llama-server and
+/// vLLM call what they were given as one. Of that the last part is what a model is called.
+fn offered(id: &str) -> &str {
+    let windows = id.get(1..3).is_some_and(|drive| matches!(drive, ":\\" | ":/"));
+    if !id.starts_with('/') && !windows {
+        return id;
+    }
+    let last = id.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next().unwrap_or_default();
+    last.strip_suffix(".gguf").unwrap_or(last)
 }
 
 /// Whether a model of the list can be asked for. Another mesh-llm lists those that failed, too.
@@ -262,10 +277,10 @@ fn words(value: Option<&Value>) -> Option<impl Iterator<Item = &str>> {
 }
 
 fn facts(known: &Known, entry: &Value) -> Option<Facts> {
-    let name = name(entry)?.to_owned();
+    let id = id(entry)?.to_owned();
     let mut manners = known.kind.manners();
     known.honoured.iter().for_each(|asked| asked.settle(&mut manners));
-    manners.embeddings = known.embedders.get(&name).copied().unwrap_or(false);
+    manners.embeddings = known.embedders.get(&id).copied().unwrap_or(false);
     let text = |key: &str| entry.get(key).and_then(Value::as_str).filter(|text| text.len() <= NAME_BYTES_MAX);
     let mut facts = Facts {
         manners,
@@ -276,7 +291,8 @@ fn facts(known: &Known, entry: &Value) -> Option<Facts> {
         parameters: None,
         weight_bytes: None,
         reasoning: None,
-        name,
+        name: offered(&id).to_owned(),
+        id,
     };
     match known.kind {
         Kind::Vllm => {
@@ -311,7 +327,7 @@ fn of_llama_server(facts: &mut Facts, entry: &Value, known: &Known) {
     let meta = |key: &str| number(entry.pointer(key));
     facts.context_tokens = meta("/meta/n_ctx").or_else(|| meta("/meta/n_ctx_train"));
     // With several models the settings are nobody's in particular.
-    if known.details.names.len() == 1 {
+    if known.details.ids.len() == 1 {
         facts.context_tokens =
             number(props.pointer("/default_generation_settings/n_ctx")).or(facts.context_tokens.take());
         facts.parallel = number(props.get("total_slots"));
@@ -326,7 +342,7 @@ fn of_llama_server(facts: &mut Facts, entry: &Value, known: &Known) {
 
 fn of_ollama(facts: &mut Facts, known: &Known) {
     let none = Value::Null;
-    let shown = known.details.of.get(&facts.name).unwrap_or(&none);
+    let shown = known.details.of.get(&facts.id).unwrap_or(&none);
     let detail = |key: &str| shown.pointer(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
     facts.quantization = detail("/details/quantization_level").map(str::to_owned);
     facts.parameters = shown.pointer("/model_info/general.parameter_count").and_then(Value::as_u64);
@@ -335,7 +351,7 @@ fn of_ollama(facts: &mut Facts, known: &Known) {
         .and_then(|architecture| number(shown.get("model_info")?.get(format!("{architecture}.context_length"))));
     let parameters = shown.get("parameters").and_then(Value::as_str).unwrap_or_default();
     let set = parameters.lines().find_map(|line| line.trim().strip_prefix("num_ctx")?.trim().parse().ok());
-    let loaded = known.details.loaded.get(&facts.name).copied();
+    let loaded = known.details.loaded.get(&facts.id).copied();
     facts.context_tokens = loaded.or(set).or_else(|| own.filter(|own| *own <= CONTEXT_UNTOLD));
     if let Some(can) = words(shown.get("capabilities")) {
         let can: Vec<_> = can.collect();
@@ -351,7 +367,7 @@ fn of_ollama(facts: &mut Facts, known: &Known) {
 
 fn of_lm_studio(facts: &mut Facts, known: &Known) {
     let none = Value::Null;
-    let listed = known.details.of.get(&facts.name).unwrap_or(&none);
+    let listed = known.details.of.get(&facts.id).unwrap_or(&none);
     let text = |key: &str| listed.get(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
     facts.quantization = text("quantization").map(str::to_owned);
     // A model that is not loaded gets a context when it is, which may be less than what it was made for.

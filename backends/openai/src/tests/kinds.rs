@@ -219,3 +219,23 @@ async fn another_server_in_the_same_place_is_looked_at_anew() {
     server.set(mesh_llm(|_| hello()));
     until(&shared, "another", |shared| names(shared) == ["smol"] && shared.status()["kind"] == "mesh-llm").await;
 }
+
+#[tokio::test]
+async fn places_in_the_servers_files_are_no_names() {
+    let path = "/home/me/models/Qwen3-0.6B-Q8_0.gguf";
+    let server = StandIn::new(move |request| match request.path() {
+        "/v1/models" => {
+            list(&[path, "C:\\models\\phi", "/", "org/model"].map(|id| json!({ "id": id, "owned_by": "vllm" })))
+        }
+        "/v1/chat/completions" if request.model() == path => {
+            Answer::Json(404, json!({ "message": format!("The model `{path}` is gone") }))
+        }
+        _ => not_found(),
+    })
+    .await;
+    let shared = share(&server).await;
+    assert_eq!(names(&shared), ["Qwen3-0.6B-Q8_0", "org/model", "phi"]);
+    assert!(!shared.status().to_string().contains("home"), "{}", shared.status());
+    let rejection = engine(&shared, "Qwen3-0.6B-Q8_0").await.answer(ask("hi")).await.err().unwrap();
+    assert_eq!(rejection.message, "The model `Qwen3-0.6B-Q8_0` is gone");
+}
