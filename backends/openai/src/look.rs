@@ -29,6 +29,8 @@ const DETAIL_BYTES_MAX: usize = 2 << 20;
 const DETAILS_MAX: Duration = Duration::from_secs(30);
 /// Models that are asked about at the same time.
 const AT_ONCE_MAX: usize = 4;
+/// Most abilities of a model that are read.
+const ABILITIES_MAX: usize = 32;
 /// Models that are asked whether they give embeddings, where only asking tells.
 const EMBEDDERS_ASKED_MAX: usize = 16;
 /// The context of a model whose server does not tell, in tokens: what Ollama gives a model unless told otherwise, and no more
@@ -88,10 +90,24 @@ struct Details {
     ids: BTreeSet<String>,
     /// llama-server's `/props`.
     props: Value,
-    /// By model: Ollama's `/api/show`, LM Studio's `/api/v0/models`.
+    /// LM Studio's `/api/v0/models`, by model.
     of: BTreeMap<String, Value>,
+    /// Ollama's `/api/show`, by model.
+    shown: BTreeMap<String, Shown>,
     /// Ollama's `/api/ps`: the contexts of loaded models.
     loaded: BTreeMap<String, u32>,
+}
+
+/// What is read of one answer of `/api/show`. A whole one holds licences and templates.
+#[derive(Default)]
+struct Shown {
+    can: Option<Vec<String>>,
+    /// The context that the model was made for.
+    made_for: Option<u32>,
+    /// The one that is set for it.
+    set: Option<u32>,
+    quantization: Option<String>,
+    parameters: Option<u64>,
 }
 
 impl Looker {
@@ -119,9 +135,13 @@ impl Looker {
             Some(known) => known,
             None => self.identify(upstream, &entries).await?,
         };
-        if known.kind == Kind::LlamaServer {
-            // The list is there before the model is.
-            upstream.get("/health", self.within, DETAIL_BYTES_MAX).await?;
+        if matches!(known.kind, Kind::LlamaServer | Kind::Vllm) {
+            // The list is there before the model is, and after it broke.
+            match upstream.get("/health", self.within, DETAIL_BYTES_MAX).await {
+                // Whatever stands before the server does not let that through.
+                Ok(_) | Err(Trouble::Refused { status: 400..=499, .. }) => {}
+                Err(trouble) => return Err(trouble),
+            }
         }
         if known.details.ids != ids || known.at.elapsed() > DETAILS_MAX {
             known.details = self.details(upstream, known.kind, ids).await?;
@@ -189,10 +209,10 @@ impl Looker {
                 let shown = stream::iter(ids.clone()).map(|id| async move {
                     let body = json!({ "model": id });
                     let shown = upstream.post::<Value>("/api/show", &body, self.within, DETAIL_BYTES_MAX).await;
-                    Ok::<_, Trouble>((id, sure(shown)?.unwrap_or_default()))
+                    Ok::<_, Trouble>((id, Shown::of(&sure(shown)?.unwrap_or_default())))
                 });
                 let shown: Vec<_> = shown.buffer_unordered(AT_ONCE_MAX).collect().await;
-                details.of = shown.into_iter().collect::<Result<_, _>>()?;
+                details.shown = shown.into_iter().collect::<Result<_, _>>()?;
             }
             Kind::Vllm | Kind::MeshLlm | Kind::Other => {}
         }
@@ -340,26 +360,39 @@ fn of_llama_server(facts: &mut Facts, entry: &Value, known: &Known) {
     }
 }
 
+impl Shown {
+    fn of(shown: &Value) -> Self {
+        let text = |key: &str| shown.pointer(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
+        let parameters = shown.get("parameters").and_then(Value::as_str).unwrap_or_default();
+        let made_for = text("/model_info/general.architecture")
+            .and_then(|architecture| number(shown.get("model_info")?.get(format!("{architecture}.context_length"))));
+        let can = words(shown.get("capabilities"));
+        Self {
+            can: can.map(|can| can.take(ABILITIES_MAX).map(short).collect()),
+            made_for,
+            set: parameters.lines().find_map(|line| line.trim().strip_prefix("num_ctx")?.trim().parse().ok()),
+            quantization: text("/details/quantization_level").map(str::to_owned),
+            parameters: shown.pointer("/model_info/general.parameter_count").and_then(Value::as_u64),
+        }
+    }
+}
+
 fn of_ollama(facts: &mut Facts, known: &Known) {
-    let none = Value::Null;
-    let shown = known.details.of.get(&facts.id).unwrap_or(&none);
-    let detail = |key: &str| shown.pointer(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
-    facts.quantization = detail("/details/quantization_level").map(str::to_owned);
-    facts.parameters = shown.pointer("/model_info/general.parameter_count").and_then(Value::as_u64);
-    // What the model was made for is not what it is given: that is `num_ctx`, or 4096 tokens, and more is cut off.
-    let own = detail("/model_info/general.architecture")
-        .and_then(|architecture| number(shown.get("model_info")?.get(format!("{architecture}.context_length"))));
-    let parameters = shown.get("parameters").and_then(Value::as_str).unwrap_or_default();
-    let set = parameters.lines().find_map(|line| line.trim().strip_prefix("num_ctx")?.trim().parse().ok());
     let loaded = known.details.loaded.get(&facts.id).copied();
-    facts.context_tokens = loaded.or(set).or_else(|| own.filter(|own| *own <= CONTEXT_UNTOLD));
-    if let Some(can) = words(shown.get("capabilities")) {
-        let can: Vec<_> = can.collect();
+    let none = Shown::default();
+    let shown = known.details.shown.get(&facts.id).unwrap_or(&none);
+    facts.quantization = shown.quantization.clone();
+    facts.parameters = shown.parameters;
+    // What the model was made for is not what it is given: that is what is set, or 4096 tokens, and more is cut off.
+    let made_for = || shown.made_for.filter(|tokens| *tokens <= CONTEXT_UNTOLD);
+    facts.context_tokens = loaded.or(shown.set.filter(|set| *set > 0)).or_else(made_for);
+    if let Some(can) = &shown.can {
+        let can = |word: &str| can.iter().any(|one| one == word);
         let manners = &mut facts.manners;
-        (manners.chat, manners.text) = (can.contains(&"completion"), can.contains(&"completion"));
-        manners.tools = can.contains(&"tools");
-        manners.embeddings = can.contains(&"embedding");
-        if can.contains(&"thinking") {
+        (manners.chat, manners.text) = (can("completion"), can("completion"));
+        manners.tools = can("tools");
+        manners.embeddings = can("embedding");
+        if can("thinking") {
             manners.thinking = Thinking::Effort;
         }
     }
@@ -383,7 +416,7 @@ fn of_mesh_llm(facts: &mut Facts, can: &Value) {
     let says = |key: &str| can.get(key).and_then(Value::as_bool);
     let manners = &mut facts.manners;
     manners.chat = says("chat").unwrap_or(true);
-    manners.tools = says("tools").unwrap_or(false);
+    manners.tools = says("tools").unwrap_or(true);
     manners.embeddings = says("embeddings").unwrap_or(false);
     facts.reasoning = can.get("reasoning").and_then(Value::as_str).map(short);
     if let Some(parameters) = words(can.get("parameters")) {

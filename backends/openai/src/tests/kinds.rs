@@ -149,11 +149,16 @@ async fn lm_studio_lists_what_is_loaded() {
 async fn another_mesh_llm_says_it_itself() {
     let server = StandIn::new(mesh_llm(|_| hello())).await;
     let shared = share(&server).await;
-    assert_eq!((kind(&shared), names(&shared)), (json!("mesh-llm"), vec!["smol".to_owned()]));
+    assert_eq!((kind(&shared), names(&shared)), (json!("mesh-llm"), vec!["cold".to_owned(), "smol".to_owned()]));
     let found = offer(&shared, "smol");
     assert_eq!(knobs(&found), [Knob::Temperature, Knob::TopK, Knob::Seed, Knob::JsonSchema, Knob::Regex]);
     assert_eq!((found.capabilities.context_tokens_max, found.reasoning), (8192, Reasoning::Switch));
     assert!(found.chat && found.tools && found.capabilities.embeddings);
+    // What is not known yet it refuses by itself.
+    let cold = offer(&shared, "cold");
+    assert!(
+        cold.tools && cold.capabilities.knobs.contains(&Knob::Dry) && cold.capabilities.knobs.contains(&Knob::Lark)
+    );
     let engine = engine(&shared, "smol").await;
     let effort = Some(Effort::Switch(true));
     let thinking = Chat { effort, thinking_tokens_max: Some(9), ..chat("hi") };
@@ -217,7 +222,8 @@ async fn another_server_in_the_same_place_is_looked_at_anew() {
     assert_eq!(kind(&shared), "ollama");
     // Without a moment between them.
     server.set(mesh_llm(|_| hello()));
-    until(&shared, "another", |shared| names(shared) == ["smol"] && shared.status()["kind"] == "mesh-llm").await;
+    until(&shared, "another", |shared| names(shared) == ["cold", "smol"] && shared.status()["kind"] == "mesh-llm")
+        .await;
 }
 
 #[tokio::test]
