@@ -268,9 +268,12 @@ fn offered(id: &str) -> &str {
     last.strip_suffix(".gguf").unwrap_or(last)
 }
 
-/// Whether a model of the list can be asked for. Another mesh-llm lists those that failed, too.
+/// Whether a model of the list can be asked for. Another mesh-llm lists those that failed, too, and those that it has from
+/// elsewhere: two that share each other would offer such a model for as long as both live, whoever had it.
 fn serves(entry: &Value) -> bool {
-    !matches!(entry.get("status").and_then(Value::as_str), Some("failed" | "stopped"))
+    let word = |key: &str| entry.get(key).and_then(Value::as_str);
+    let from_elsewhere = word("owned_by") == Some("mesh-llm") && matches!(word("backend"), Some("openai" | "mesh"));
+    !from_elsewhere && !matches!(word("status"), Some("failed" | "stopped"))
 }
 
 /// The kind that the models' owner tells.

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use futures::StreamExt;
-use mesh_core::{EngineState, node::Elsewhere, node::RejectionKind};
+use mesh_core::{
+    EngineState,
+    node::{Elsewhere, Load, RejectionKind},
+};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -23,8 +26,10 @@ async fn what_is_listed_is_offered_and_nothing_else() {
     assert_eq!((offer.node.as_str(), offer.offer.name.as_str(), offer.offer.backend.as_str()), ("box", "m", "openai"));
     assert!(shared.engine("m").is_some() && shared.engine("m@box").is_some());
     assert!(shared.engine("n").is_none() && shared.engine("m@other").is_none() && shared.engine("@box").is_none());
+    assert_eq!(offer.offer.load, Load::default());
     let (deltas, _) = whole(&engine(&shared, "m").await, ask("hi")).await;
     assert_eq!(deltas, [content("hello")]);
+    assert!(shared.models()[0].nodes[0].offer.load.prefill_per_s > Some(0.0));
 }
 
 #[tokio::test]
