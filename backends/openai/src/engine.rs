@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     client::{Events, Upstream},
-    error::{self, Trouble},
+    error::{self, Trouble, Veil},
     kind::Manners,
     reading::{Progress, Reading},
     reply, request,
@@ -62,6 +62,7 @@ pub(crate) struct SharedModel {
     pub offer: ModelOffer,
     /// What the server calls it.
     id: String,
+    veil: Veil,
     pub manners: Manners,
     link: Arc<Link>,
     state: watch::Sender<EngineState>,
@@ -98,6 +99,7 @@ impl Speed {
 impl SharedModel {
     pub fn new(offer: ModelOffer, id: String, manners: Manners, link: Arc<Link>) -> Self {
         Self {
+            veil: link.upstream.veil.and(&id, &offer.name),
             offer,
             id,
             manners,
@@ -129,12 +131,9 @@ impl SharedModel {
 
     /// What clients are told of a request that the server did not take.
     fn rejected(&self, job: &str, trouble: &Trouble) -> Rejection {
-        let mut rejection = error::rejection(trouble, &self.link.upstream.veil);
+        let rejection = error::rejection(trouble, &self.veil);
         if rejection.may_go_elsewhere() {
             self.link.noted(job, trouble);
-        }
-        if self.id != self.offer.name {
-            rejection.message = rejection.message.replace(&self.id, &self.offer.name);
         }
         rejection
     }
@@ -197,6 +196,7 @@ impl Engine for SharedModel {
             reading,
             ready,
             link: self.link.clone(),
+            veil: self.veil.clone(),
             cancel: self.cancel.clone(),
             running: Some(running),
             speed: self.speed.clone(),
@@ -245,6 +245,7 @@ struct Answer {
     reading: Reading,
     ready: VecDeque<Part>,
     link: Arc<Link>,
+    veil: Veil,
     cancel: CancellationToken,
     running: Option<Running>,
     speed: Arc<Mutex<Speed>>,
@@ -295,7 +296,7 @@ impl Answer {
                     // What came before it is the client's.
                     self.link.noted(&self.id, &trouble);
                     self.ready.clear();
-                    return Some(Err(error::broken(&trouble, &self.link.upstream.veil)));
+                    return Some(Err(error::broken(&trouble, &self.veil)));
                 }
             }
         }

@@ -10,8 +10,8 @@ use mesh_core::{
 use serde_json::{Value, json};
 
 use super::{
-    ask, chat, engine, names, share,
-    stand_in::{Answer, StandIn, bare, hello, list, llama_server, mesh_llm, not_found, ollama, vllm},
+    ask, chat, engine, names, parts, share,
+    stand_in::{Answer, StandIn, bare, events, hello, list, llama_server, mesh_llm, not_found, ollama, sse, vllm},
     until, whole,
 };
 use crate::Shared;
@@ -236,6 +236,7 @@ async fn places_in_the_servers_files_are_no_names() {
         "/v1/chat/completions" if request.model() == path => {
             Answer::Json(404, json!({ "message": format!("The model `{path}` is gone") }))
         }
+        "/v1/completions" => events(sse(&[json!({ "error": { "message": format!("{path} broke") } })])),
         _ => not_found(),
     })
     .await;
@@ -244,4 +245,7 @@ async fn places_in_the_servers_files_are_no_names() {
     assert!(!shared.status().to_string().contains("home"), "{}", shared.status());
     let rejection = engine(&shared, "Qwen3-0.6B-Q8_0").await.answer(ask("hi")).await.err().unwrap();
     assert_eq!(rejection.message, "The model `Qwen3-0.6B-Q8_0` is gone");
+    let text = Ask::new("job", Subject::Text("hi".into()));
+    let (_, error) = parts(&engine(&shared, "Qwen3-0.6B-Q8_0").await, text).await;
+    assert!(error.unwrap().to_string().ends_with("broke off: Qwen3-0.6B-Q8_0 broke"));
 }
