@@ -9,7 +9,7 @@ use std::{
 use async_trait::async_trait;
 use futures::stream;
 use mesh_core::{
-    Capabilities, Engine, EngineError, EngineState, EventStream, Job, PromptForm, SubmitError,
+    Capabilities, Engine, EngineError, EngineState, EventStream, Job, PromptForm, SubmitError, Timings, Usage,
     answer::Part,
     ask::Ask,
     node::{Load, ModelOffer, PartStream, Question, Rejection, Reply},
@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     client::{Events, Upstream},
-    error::{self, Trouble},
+    error::{self, Trouble, Veil},
     kind::Manners,
     reading::{Progress, Reading},
     reply, request,
@@ -52,14 +52,6 @@ impl Link {
         }
     }
 
-    fn rejected(&self, id: &str, trouble: &Trouble) -> Rejection {
-        let rejection = error::rejection(trouble, &self.upstream.veil);
-        if rejection.may_go_elsewhere() {
-            self.noted(id, trouble);
-        }
-        rejection
-    }
-
     fn hear(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
@@ -68,30 +60,61 @@ impl Link {
 /// A model that the server lists.
 pub(crate) struct SharedModel {
     pub offer: ModelOffer,
+    /// What the server calls it.
+    id: String,
+    veil: Veil,
     pub manners: Manners,
     link: Arc<Link>,
     state: watch::Sender<EngineState>,
     /// Requests under way.
     running: Arc<watch::Sender<u32>>,
+    speed: Arc<Mutex<Speed>>,
     /// Cancels every request.
     cancel: CancellationToken,
 }
 
+/// How fast answers came; the last one counts as much as all before it. Seen from here: the way and the waiting over there are in
+/// it, unless the server tells.
+#[derive(Clone, Copy, Debug, Default)]
+struct Speed {
+    prefill_per_s: Option<f32>,
+    decode_per_s: Option<f32>,
+}
+
+impl Speed {
+    /// Adds an answer of so many tokens, which took so long before its first piece and after it.
+    fn note(&mut self, usage: Usage, before: Duration, after: Duration) {
+        let add = |mean: &mut Option<f32>, tokens: u32, time: Duration| {
+            let per_s = tokens as f32 / time.as_secs_f32();
+            if tokens > 0 && per_s.is_finite() {
+                *mean = Some(mean.map_or(per_s, |mean| (mean + per_s) / 2.0));
+            }
+        };
+        add(&mut self.prefill_per_s, usage.prompt_tokens.saturating_sub(usage.cached_tokens), before);
+        // The first one came with the prompt.
+        add(&mut self.decode_per_s, usage.completion_tokens.saturating_sub(1), after);
+    }
+}
+
 impl SharedModel {
-    pub fn new(offer: ModelOffer, manners: Manners, link: Arc<Link>) -> Self {
+    pub fn new(offer: ModelOffer, id: String, manners: Manners, link: Arc<Link>) -> Self {
         Self {
+            veil: link.upstream.veil.and(&id, &offer.name),
             offer,
+            id,
             manners,
             link,
             state: watch::channel(EngineState::Ready).0,
             running: Arc::new(watch::channel(0).0),
+            speed: Arc::default(),
             cancel: CancellationToken::new(),
         }
     }
 
     /// The offer, with how busy it is.
     pub fn offer_now(&self) -> ModelOffer {
-        let load = Load { running: *self.running.borrow(), ..Load::default() };
+        let Speed { prefill_per_s, decode_per_s } = *self.speed.lock().unwrap_or_else(PoisonError::into_inner);
+        let load = Load { running: *self.running.borrow(), waiting: 0, prefill_per_s, decode_per_s };
         ModelOffer { load, ..self.offer.clone() }
     }
 
@@ -104,6 +127,15 @@ impl SharedModel {
             }
             serving
         });
+    }
+
+    /// What clients are told of a request that the server did not take.
+    fn rejected(&self, job: &str, trouble: &Trouble) -> Rejection {
+        let rejection = error::rejection(trouble, &self.veil);
+        if rejection.may_go_elsewhere() {
+            self.link.noted(job, trouble);
+        }
+        rejection
     }
 
     /// A place, if it serves.
@@ -149,10 +181,11 @@ impl Engine for SharedModel {
 
     async fn answer(&self, ask: Ask) -> Result<PartStream, Rejection> {
         let running = self.enter()?;
-        let request::Plan { path, body, how } = request::plan(&self.offer.name, &self.manners, &ask)?;
+        let sent = Instant::now();
+        let request::Plan { path, body, how } = request::plan(&self.id, &self.manners, &ask)?;
         let events = match self.cancel.run_until_cancelled(self.link.upstream.events(path, &body)).await {
             Some(Ok(events)) => events,
-            Some(Err(trouble)) => return Err(self.link.rejected(&ask.id, &trouble)),
+            Some(Err(trouble)) => return Err(self.rejected(&ask.id, &trouble)),
             None => return Err(Rejection::unavailable("engine_gone", "the server stops", RETRY_AFTER_MIN)),
         };
         let mut ready = VecDeque::new();
@@ -163,8 +196,12 @@ impl Engine for SharedModel {
             reading,
             ready,
             link: self.link.clone(),
+            veil: self.veil.clone(),
             cancel: self.cancel.clone(),
             running: Some(running),
+            speed: self.speed.clone(),
+            sent,
+            first: None,
         };
         Ok(Box::pin(stream::unfold(answer, |mut answer| async move {
             let part = answer.next().await?;
@@ -174,11 +211,11 @@ impl Engine for SharedModel {
 
     async fn reply(&self, question: Question) -> Result<Reply, Rejection> {
         let _running = self.enter()?;
-        let work = reply::reply(&self.link.upstream, &self.offer.name, &self.manners, &question);
+        let work = reply::reply(&self.link.upstream, &self.id, &self.manners, &question);
         match self.cancel.run_until_cancelled(work).await {
             Some(Ok(reply)) => Ok(reply),
             Some(Err(reply::Unanswered::Rejected(rejection))) => Err(rejection),
-            Some(Err(reply::Unanswered::Trouble(trouble))) => Err(self.link.rejected("question", &trouble)),
+            Some(Err(reply::Unanswered::Trouble(trouble))) => Err(self.rejected("question", &trouble)),
             None => Err(Rejection::unavailable("engine_gone", "the server stops", RETRY_AFTER_MIN)),
         }
     }
@@ -208,8 +245,13 @@ struct Answer {
     reading: Reading,
     ready: VecDeque<Part>,
     link: Arc<Link>,
+    veil: Veil,
     cancel: CancellationToken,
     running: Option<Running>,
+    speed: Arc<Mutex<Speed>>,
+    sent: Instant,
+    /// When its first piece came.
+    first: Option<Instant>,
 }
 
 impl Answer {
@@ -232,6 +274,9 @@ impl Answer {
                 Ok(None) => Ok(Progress::Over),
                 Err(trouble) => Err(trouble),
             };
+            if self.first.is_none() && !self.ready.is_empty() {
+                self.first = Some(Instant::now());
+            }
             let finished = match progress {
                 Ok(Progress::Goes) => continue,
                 Ok(Progress::Ended) => {
@@ -243,15 +288,28 @@ impl Answer {
             };
             self.close();
             match finished {
-                Ok(finished) => self.ready.push_back(Part::Finished(finished)),
+                Ok(finished) => {
+                    self.measured(finished.usage, finished.timings);
+                    self.ready.push_back(Part::Finished(finished));
+                }
                 Err(trouble) => {
                     // What came before it is the client's.
                     self.link.noted(&self.id, &trouble);
                     self.ready.clear();
-                    return Some(Err(error::broken(&trouble, &self.link.upstream.veil)));
+                    return Some(Err(error::broken(&trouble, &self.veil)));
                 }
             }
         }
+    }
+
+    /// Notes how fast it came; by the server's own clock where it tells.
+    fn measured(&self, usage: Usage, timings: Option<Timings>) {
+        let (before, after) = match (timings, self.first) {
+            (Some(timings), _) => (timings.prefill, timings.decode),
+            (None, Some(first)) => (first - self.sent, first.elapsed()),
+            (None, None) => return,
+        };
+        self.speed.lock().unwrap_or_else(PoisonError::into_inner).note(usage, before, after);
     }
 
     /// Reads on for the usage. The answer is whole, whatever comes.
@@ -273,5 +331,24 @@ impl Answer {
     fn close(&mut self) {
         self.events = None;
         self.running = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speeds_are_means_that_forget() {
+        let usage = Usage { prompt_tokens: 30, cached_tokens: 10, completion_tokens: 11 };
+        let mut speed = Speed::default();
+        speed.note(usage, Duration::from_secs(2), Duration::from_secs(1));
+        assert_eq!((speed.prefill_per_s, speed.decode_per_s), (Some(10.0), Some(10.0)));
+        speed.note(usage, Duration::from_secs(1), Duration::from_millis(500));
+        assert_eq!((speed.prefill_per_s, speed.decode_per_s), (Some(15.0), Some(15.0)));
+        // What took no time or had no tokens tells nothing.
+        speed.note(Usage::default(), Duration::from_secs(1), Duration::from_secs(1));
+        speed.note(usage, Duration::ZERO, Duration::ZERO);
+        assert_eq!((speed.prefill_per_s, speed.decode_per_s), (Some(15.0), Some(15.0)));
     }
 }

@@ -63,9 +63,9 @@ impl Trouble {
     }
 }
 
-/// What clients must not see of the server.
+/// What clients must not see of the server, and what they see in its place.
 #[derive(Clone, Debug)]
-pub(crate) struct Veil(Vec<String>);
+pub(crate) struct Veil(Vec<(String, String)>);
 
 impl Veil {
     pub fn new(address: &Address, key: Option<&str>) -> Self {
@@ -75,26 +75,47 @@ impl Veil {
             words.push(address.host.clone());
         }
         words.extend(key.filter(|key| key.len() > 3).map(str::to_owned));
-        Self(words)
+        Self(words.into_iter().map(|word| (word, "the shared server".to_owned())).collect())
+    }
+
+    /// The same, over the server's own name of a model.
+    pub fn and(&self, id: &str, name: &str) -> Self {
+        let other = (id != name).then(|| (id.to_owned(), name.to_owned()));
+        Self(other.into_iter().chain(self.0.iter().cloned()).collect())
     }
 
     /// The text without them, and no longer than is passed on.
     pub fn over(&self, text: &str) -> String {
-        let mut text = text[..text.floor_char_boundary(MESSAGE_BYTES_MAX)].to_owned();
-        for word in &self.0 {
-            text = replaced(&text, word);
+        let end = text.floor_char_boundary(MESSAGE_BYTES_MAX);
+        let mut made = text[..end].to_owned();
+        if end < text.len() {
+            // Half of a word may tell as much as all of it.
+            let longest = self.0.iter().map(|(word, _)| begun(&made, word)).max().unwrap_or(0);
+            made.truncate(made.len() - longest);
         }
-        text
+        for (word, instead) in &self.0 {
+            made = replaced(&made, word, instead);
+        }
+        made
     }
 }
 
+/// Bytes of the beginning of `word` that `text` ends with.
+fn begun(text: &str, word: &str) -> usize {
+    let ends = |length: &usize| {
+        let end = text.len().checked_sub(*length).and_then(|from| text.get(from..));
+        end.zip(word.get(..*length)).is_some_and(|(end, begun)| end.eq_ignore_ascii_case(begun))
+    };
+    (1..word.len()).rev().find(ends).unwrap_or(0)
+}
+
 /// `text` with `word` replaced, however it is capitalised.
-fn replaced(text: &str, word: &str) -> String {
+fn replaced(text: &str, word: &str, instead: &str) -> String {
     let (plain, word) = (text.to_ascii_lowercase(), word.to_ascii_lowercase());
     let (mut made, mut from) = (String::new(), 0);
     for (at, found) in plain.match_indices(&word) {
         made.push_str(&text[from..at]);
-        made.push_str("the shared server");
+        made.push_str(instead);
         from = at + found.len();
     }
     made.push_str(&text[from..]);
@@ -163,4 +184,25 @@ pub(crate) fn broken(trouble: &Trouble, veil: &Veil) -> EngineError {
         }
     };
     EngineError::Failed { what }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::address;
+
+    #[test]
+    fn what_is_veiled_is_not_seen_in_part_either() {
+        let veil = Veil::new(&address("http://gpu-7.example.com:8000/v1").unwrap(), Some("sk-secret"));
+        let seen =
+            veil.over("at HTTP://GPU-7.example.com:8000, gpu-7.example.com:8000 and gpu-7.example.com: sk-secret");
+        assert_eq!(seen, "at the shared server, the shared server and the shared server: the shared server");
+        for before in MESSAGE_BYTES_MAX - 10..MESSAGE_BYTES_MAX {
+            let long = format!("{}sk-secret{}", "ä ".repeat(before / 3), "x".repeat(100));
+            let seen = veil.over(&long);
+            assert!(!seen.contains("sk-") && seen.len() <= MESSAGE_BYTES_MAX + 100, "{seen}");
+        }
+        assert_eq!(veil.over("a gpu-7 and a key"), "a gpu-7 and a key");
+        assert_eq!(veil.and("/m/x.gguf", "x").over("/m/x.gguf: no"), "x: no");
+    }
 }

@@ -140,7 +140,7 @@ const LM_STUDIO: &[Knob] = &[
     Knob::JsonSchema,
 ];
 
-/// All knobs, to find those that another mesh-llm names.
+/// All of them. Another mesh-llm names those that a model of it honours once that is known; until then it refuses others itself.
 const ALL: &[Knob] = &[
     Knob::Temperature,
     Knob::TopP,
@@ -157,6 +157,9 @@ const ALL: &[Knob] = &[
     Knob::IgnoreEos,
     Knob::MinTokens,
     Knob::Logprobs,
+    Knob::JsonSchema,
+    Knob::Regex,
+    Knob::Lark,
 ];
 
 impl Kind {
@@ -188,7 +191,7 @@ impl Kind {
             }
             Self::LmStudio => Manners { named: false, kwargs: false, token_prompts: false, ..known(LM_STUDIO) },
             Self::MeshLlm => {
-                Manners { thinking: Thinking::Fields, token_routes: TokenRoutes::LlamaServer, ..known(PLAIN) }
+                Manners { thinking: Thinking::Fields, token_routes: TokenRoutes::LlamaServer, ..known(ALL) }
             }
             Self::Other => Manners {
                 tools: false,
@@ -260,5 +263,6 @@ impl Asked {
 
 /// The knob that another mesh-llm calls so.
 pub(crate) fn knob(field: &str) -> Option<Knob> {
-    ALL.iter().copied().find(|knob| knob.field() == field)
+    // What answers can be held to has a list of its own.
+    ALL.iter().copied().find(|knob| knob.field() == field && field != Knob::JsonSchema.field())
 }

@@ -29,6 +29,8 @@ const DETAIL_BYTES_MAX: usize = 2 << 20;
 const DETAILS_MAX: Duration = Duration::from_secs(30);
 /// Models that are asked about at the same time.
 const AT_ONCE_MAX: usize = 4;
+/// Most abilities of a model that are read.
+const ABILITIES_MAX: usize = 32;
 /// Models that are asked whether they give embeddings, where only asking tells.
 const EMBEDDERS_ASKED_MAX: usize = 16;
 /// The context of a model whose server does not tell, in tokens: what Ollama gives a model unless told otherwise, and no more
@@ -48,7 +50,10 @@ pub(crate) struct Found {
 /// What is known of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Facts {
+    /// What it is offered as.
     pub name: String,
+    /// What the server calls it, and how it tells of itself.
+    pub id: String,
     pub manners: Manners,
     /// As the server says.
     pub context_tokens: Option<u32>,
@@ -82,13 +87,27 @@ struct Known {
 /// What a server tells of its models beside the list.
 #[derive(Default)]
 struct Details {
-    names: BTreeSet<String>,
+    ids: BTreeSet<String>,
     /// llama-server's `/props`.
     props: Value,
-    /// By model: Ollama's `/api/show`, LM Studio's `/api/v0/models`.
+    /// LM Studio's `/api/v0/models`, by model.
     of: BTreeMap<String, Value>,
+    /// Ollama's `/api/show`, by model.
+    shown: BTreeMap<String, Shown>,
     /// Ollama's `/api/ps`: the contexts of loaded models.
     loaded: BTreeMap<String, u32>,
+}
+
+/// What is read of one answer of `/api/show`. A whole one holds licences and templates.
+#[derive(Default)]
+struct Shown {
+    can: Option<Vec<String>>,
+    /// The context that the model was made for.
+    made_for: Option<u32>,
+    /// The one that is set for it.
+    set: Option<u32>,
+    quantization: Option<String>,
+    parameters: Option<u64>,
 }
 
 impl Looker {
@@ -106,9 +125,9 @@ impl Looker {
         let listed = list.data.len();
         let mut names = BTreeSet::new();
         let mut entries = list.data;
-        entries.retain(|entry| serves(entry) && name(entry).is_some_and(|name| names.insert(name.to_owned())));
+        entries.retain(|entry| serves(entry) && id(entry).is_some_and(|id| names.insert(offered(id).to_owned())));
         entries.truncate(MODELS_MAX);
-        let names: BTreeSet<String> = entries.iter().filter_map(name).map(str::to_owned).collect();
+        let ids: BTreeSet<String> = entries.iter().filter_map(id).map(str::to_owned).collect();
         if self.known.as_ref().is_some_and(|known| owner(&entries).is_some_and(|owner| owner != known.kind)) {
             self.forget();
         }
@@ -116,12 +135,16 @@ impl Looker {
             Some(known) => known,
             None => self.identify(upstream, &entries).await?,
         };
-        if known.kind == Kind::LlamaServer {
-            // The list is there before the model is.
-            upstream.get("/health", self.within, DETAIL_BYTES_MAX).await?;
+        if matches!(known.kind, Kind::LlamaServer | Kind::Vllm) {
+            // The list is there before the model is, and after it broke.
+            match upstream.get("/health", self.within, DETAIL_BYTES_MAX).await {
+                // Whatever stands before the server does not let that through.
+                Ok(_) | Err(Trouble::Refused { status: 400..=499, .. }) => {}
+                Err(trouble) => return Err(trouble),
+            }
         }
-        if known.details.names != names || known.at.elapsed() > DETAILS_MAX {
-            known.details = self.details(upstream, known.kind, names).await?;
+        if known.details.ids != ids || known.at.elapsed() > DETAILS_MAX {
+            known.details = self.details(upstream, known.kind, ids).await?;
             known.at = Instant::now();
             self.ask_for_embeddings(upstream, &mut known).await?;
         }
@@ -134,7 +157,7 @@ impl Looker {
 
     async fn identify(&self, upstream: &Upstream, entries: &[Value]) -> Result<Known, Trouble> {
         let (kind, version) = self.kind(upstream, entries).await?;
-        let first = entries.iter().find_map(name).unwrap_or_default();
+        let first = entries.iter().find_map(id).unwrap_or_default();
         let honoured =
             if first.is_empty() { Vec::new() } else { probe::honoured(upstream, kind, first, self.within).await? };
         tracing::debug!(%kind, ?honoured, "the shared server was asked what it honours");
@@ -166,14 +189,14 @@ impl Looker {
         Ok((Kind::Other, None))
     }
 
-    async fn details(&self, upstream: &Upstream, kind: Kind, names: BTreeSet<String>) -> Result<Details, Trouble> {
+    async fn details(&self, upstream: &Upstream, kind: Kind, ids: BTreeSet<String>) -> Result<Details, Trouble> {
         let mut details = Details::default();
         match kind {
             Kind::LlamaServer => details.props = self.told(upstream, "/props").await?,
             Kind::LmStudio => {
                 let listed = self.told(upstream, "/api/v0/models").await?;
                 let data = listed.get("data").and_then(Value::as_array).cloned().unwrap_or_default();
-                details.of = data.into_iter().filter_map(|entry| Some((name(&entry)?.to_owned(), entry))).collect();
+                details.of = data.into_iter().filter_map(|entry| Some((id(&entry)?.to_owned(), entry))).collect();
             }
             Kind::Ollama => {
                 let loaded = self.told(upstream, "/api/ps").await?;
@@ -183,17 +206,17 @@ impl Looker {
                     Some((name, number(model.get("context_length"))?))
                 };
                 details.loaded = loaded.iter().filter_map(context).collect();
-                let shown = stream::iter(names.clone()).map(|name| async move {
-                    let body = json!({ "model": name });
+                let shown = stream::iter(ids.clone()).map(|id| async move {
+                    let body = json!({ "model": id });
                     let shown = upstream.post::<Value>("/api/show", &body, self.within, DETAIL_BYTES_MAX).await;
-                    Ok::<_, Trouble>((name, sure(shown)?.unwrap_or_default()))
+                    Ok::<_, Trouble>((id, Shown::of(&sure(shown)?.unwrap_or_default())))
                 });
                 let shown: Vec<_> = shown.buffer_unordered(AT_ONCE_MAX).collect().await;
-                details.of = shown.into_iter().collect::<Result<_, _>>()?;
+                details.shown = shown.into_iter().collect::<Result<_, _>>()?;
             }
             Kind::Vllm | Kind::MeshLlm | Kind::Other => {}
         }
-        Ok(Details { names, ..details })
+        Ok(Details { ids, ..details })
     }
 
     /// Where neither the list nor the details tell, a request does.
@@ -201,14 +224,14 @@ impl Looker {
         if !matches!(known.kind, Kind::Vllm | Kind::LlamaServer | Kind::Other) {
             return Ok(());
         }
-        known.embedders.retain(|name, _| known.details.names.contains(name));
-        let new: Vec<_> = known.details.names.iter().filter(|name| !known.embedders.contains_key(*name)).collect();
-        for name in new.into_iter().take(EMBEDDERS_ASKED_MAX) {
-            let body = json!({ "model": name, "input": "a" });
+        known.embedders.retain(|id, _| known.details.ids.contains(id));
+        let new: Vec<_> = known.details.ids.iter().filter(|id| !known.embedders.contains_key(*id)).collect();
+        for id in new.into_iter().take(EMBEDDERS_ASKED_MAX) {
+            let body = json!({ "model": id, "input": "a" });
             let answer = upstream.post::<Value>("/v1/embeddings", &body, self.within, DETAIL_BYTES_MAX).await;
             let vector = sure(answer)?.unwrap_or_default();
             let gives = vector.pointer("/data/0/embedding").is_some_and(Value::is_array);
-            known.embedders.insert(name.clone(), gives);
+            known.embedders.insert(id.clone(), gives);
         }
         Ok(())
     }
@@ -228,14 +251,29 @@ fn sure<T>(answer: Result<T, Trouble>) -> Result<Option<T>, Trouble> {
     }
 }
 
-fn name(entry: &Value) -> Option<&str> {
-    let name = entry.get("id")?.as_str()?;
-    (!name.is_empty() && name.len() <= NAME_BYTES_MAX && !name.contains(char::is_control)).then_some(name)
+fn id(entry: &Value) -> Option<&str> {
+    let id = entry.get("id")?.as_str()?;
+    let fine = !offered(id).is_empty() && id.len() <= NAME_BYTES_MAX && !id.contains(char::is_control);
+    fine.then_some(id)
 }
 
-/// Whether a model of the list can be asked for. Another mesh-llm lists those that failed, too.
+/// What the model of that id is offered as: the id, unless that is a place in the files of the server's machine, as llama-server and
+/// vLLM call what they were given as one. Of that the last part is what a model is called.
+fn offered(id: &str) -> &str {
+    let windows = id.get(1..3).is_some_and(|drive| matches!(drive, ":\\" | ":/"));
+    if !id.starts_with('/') && !windows {
+        return id;
+    }
+    let last = id.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next().unwrap_or_default();
+    last.strip_suffix(".gguf").unwrap_or(last)
+}
+
+/// Whether a model of the list can be asked for. Another mesh-llm lists those that failed, too, and those that it has from
+/// elsewhere: two that share each other would offer such a model for as long as both live, whoever had it.
 fn serves(entry: &Value) -> bool {
-    !matches!(entry.get("status").and_then(Value::as_str), Some("failed" | "stopped"))
+    let word = |key: &str| entry.get(key).and_then(Value::as_str);
+    let from_elsewhere = word("owned_by") == Some("mesh-llm") && matches!(word("backend"), Some("openai" | "mesh"));
+    !from_elsewhere && !matches!(word("status"), Some("failed" | "stopped"))
 }
 
 /// The kind that the models' owner tells.
@@ -262,10 +300,10 @@ fn words(value: Option<&Value>) -> Option<impl Iterator<Item = &str>> {
 }
 
 fn facts(known: &Known, entry: &Value) -> Option<Facts> {
-    let name = name(entry)?.to_owned();
+    let id = id(entry)?.to_owned();
     let mut manners = known.kind.manners();
     known.honoured.iter().for_each(|asked| asked.settle(&mut manners));
-    manners.embeddings = known.embedders.get(&name).copied().unwrap_or(false);
+    manners.embeddings = known.embedders.get(&id).copied().unwrap_or(false);
     let text = |key: &str| entry.get(key).and_then(Value::as_str).filter(|text| text.len() <= NAME_BYTES_MAX);
     let mut facts = Facts {
         manners,
@@ -276,7 +314,8 @@ fn facts(known: &Known, entry: &Value) -> Option<Facts> {
         parameters: None,
         weight_bytes: None,
         reasoning: None,
-        name,
+        name: offered(&id).to_owned(),
+        id,
     };
     match known.kind {
         Kind::Vllm => {
@@ -311,7 +350,7 @@ fn of_llama_server(facts: &mut Facts, entry: &Value, known: &Known) {
     let meta = |key: &str| number(entry.pointer(key));
     facts.context_tokens = meta("/meta/n_ctx").or_else(|| meta("/meta/n_ctx_train"));
     // With several models the settings are nobody's in particular.
-    if known.details.names.len() == 1 {
+    if known.details.ids.len() == 1 {
         facts.context_tokens =
             number(props.pointer("/default_generation_settings/n_ctx")).or(facts.context_tokens.take());
         facts.parallel = number(props.get("total_slots"));
@@ -324,26 +363,39 @@ fn of_llama_server(facts: &mut Facts, entry: &Value, known: &Known) {
     }
 }
 
+impl Shown {
+    fn of(shown: &Value) -> Self {
+        let text = |key: &str| shown.pointer(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
+        let parameters = shown.get("parameters").and_then(Value::as_str).unwrap_or_default();
+        let made_for = text("/model_info/general.architecture")
+            .and_then(|architecture| number(shown.get("model_info")?.get(format!("{architecture}.context_length"))));
+        let can = words(shown.get("capabilities"));
+        Self {
+            can: can.map(|can| can.take(ABILITIES_MAX).map(short).collect()),
+            made_for,
+            set: parameters.lines().find_map(|line| line.trim().strip_prefix("num_ctx")?.trim().parse().ok()),
+            quantization: text("/details/quantization_level").map(str::to_owned),
+            parameters: shown.pointer("/model_info/general.parameter_count").and_then(Value::as_u64),
+        }
+    }
+}
+
 fn of_ollama(facts: &mut Facts, known: &Known) {
-    let none = Value::Null;
-    let shown = known.details.of.get(&facts.name).unwrap_or(&none);
-    let detail = |key: &str| shown.pointer(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
-    facts.quantization = detail("/details/quantization_level").map(str::to_owned);
-    facts.parameters = shown.pointer("/model_info/general.parameter_count").and_then(Value::as_u64);
-    // What the model was made for is not what it is given: that is `num_ctx`, or 4096 tokens, and more is cut off.
-    let own = detail("/model_info/general.architecture")
-        .and_then(|architecture| number(shown.get("model_info")?.get(format!("{architecture}.context_length"))));
-    let parameters = shown.get("parameters").and_then(Value::as_str).unwrap_or_default();
-    let set = parameters.lines().find_map(|line| line.trim().strip_prefix("num_ctx")?.trim().parse().ok());
-    let loaded = known.details.loaded.get(&facts.name).copied();
-    facts.context_tokens = loaded.or(set).or_else(|| own.filter(|own| *own <= CONTEXT_UNTOLD));
-    if let Some(can) = words(shown.get("capabilities")) {
-        let can: Vec<_> = can.collect();
+    let loaded = known.details.loaded.get(&facts.id).copied();
+    let none = Shown::default();
+    let shown = known.details.shown.get(&facts.id).unwrap_or(&none);
+    facts.quantization = shown.quantization.clone();
+    facts.parameters = shown.parameters;
+    // What the model was made for is not what it is given: that is what is set, or 4096 tokens, and more is cut off.
+    let made_for = || shown.made_for.filter(|tokens| *tokens <= CONTEXT_UNTOLD);
+    facts.context_tokens = loaded.or(shown.set.filter(|set| *set > 0)).or_else(made_for);
+    if let Some(can) = &shown.can {
+        let can = |word: &str| can.iter().any(|one| one == word);
         let manners = &mut facts.manners;
-        (manners.chat, manners.text) = (can.contains(&"completion"), can.contains(&"completion"));
-        manners.tools = can.contains(&"tools");
-        manners.embeddings = can.contains(&"embedding");
-        if can.contains(&"thinking") {
+        (manners.chat, manners.text) = (can("completion"), can("completion"));
+        manners.tools = can("tools");
+        manners.embeddings = can("embedding");
+        if can("thinking") {
             manners.thinking = Thinking::Effort;
         }
     }
@@ -351,7 +403,7 @@ fn of_ollama(facts: &mut Facts, known: &Known) {
 
 fn of_lm_studio(facts: &mut Facts, known: &Known) {
     let none = Value::Null;
-    let listed = known.details.of.get(&facts.name).unwrap_or(&none);
+    let listed = known.details.of.get(&facts.id).unwrap_or(&none);
     let text = |key: &str| listed.get(key).and_then(Value::as_str).filter(|text| text.len() <= 64);
     facts.quantization = text("quantization").map(str::to_owned);
     // A model that is not loaded gets a context when it is, which may be less than what it was made for.
@@ -367,7 +419,7 @@ fn of_mesh_llm(facts: &mut Facts, can: &Value) {
     let says = |key: &str| can.get(key).and_then(Value::as_bool);
     let manners = &mut facts.manners;
     manners.chat = says("chat").unwrap_or(true);
-    manners.tools = says("tools").unwrap_or(false);
+    manners.tools = says("tools").unwrap_or(true);
     manners.embeddings = says("embeddings").unwrap_or(false);
     facts.reasoning = can.get("reasoning").and_then(Value::as_str).map(short);
     if let Some(parameters) = words(can.get("parameters")) {

@@ -170,7 +170,11 @@ impl Reading {
         if self.calls_bytes > CALLS_BYTES_MAX {
             return Err(Trouble::TooLarge(CALLS_BYTES_MAX));
         }
-        match self.calls.iter().position(|call| call.index == index) {
+        // Ollama had versions that number every call 0.
+        let another =
+            |call: &Call| id.is_some() && call.id != id && !name.is_empty() && object(&call.arguments).is_some();
+        let place = self.calls.iter().rposition(|call| call.index == index);
+        match place.filter(|place| !another(&self.calls[*place])) {
             Some(place) => {
                 let call = &mut self.calls[place];
                 // Some repeat the name with every piece.

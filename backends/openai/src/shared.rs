@@ -178,7 +178,8 @@ impl Inner {
                     }
                     let offer = offer(&facts, self.requests_max, since);
                     tracing::debug!(?offer, "a model of the shared server is offered");
-                    let model = Arc::new(SharedModel::new(offer, facts.manners.clone(), self.link.clone()));
+                    let (id, manners) = (facts.id.clone(), facts.manners.clone());
+                    let model = Arc::new(SharedModel::new(offer, id, manners, self.link.clone()));
                     Listed { model, facts }
                 }
             };

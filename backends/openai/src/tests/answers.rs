@@ -171,6 +171,14 @@ fn calls_are_read_however_servers_write_them() {
     assert_eq!(named(&parts), [("f".into(), "{\"x\":1}".into()), ("g".into(), "{}".into())]);
     let Some(Part::Finished(finished)) = parts.last() else { panic!("{parts:?}") };
     assert_eq!(finished.finish, Finish::ToolCalls);
+    // All numbered 0.
+    let one = |id: &str, name: &str| {
+        call(
+            json!([{ "index": 0, "id": id, "function": { "name": name, "arguments": format!("{{\"of\":\"{id}\"}}") } }]),
+        )
+    };
+    let parts = read(&[one("a", "f"), one("b", "f")]);
+    assert_eq!(named(&parts), [("f".into(), "{\"of\":\"a\"}".into()), ("f".into(), "{\"of\":\"b\"}".into())]);
     // The name with every piece.
     let piece = |text: &str| call(json!([{ "index": 0, "function": { "name": "f", "arguments": text } }]));
     assert_eq!(named(&read(&[piece("{\"x\":"), piece("2}")])), [("f".into(), "{\"x\":2}".into())]);

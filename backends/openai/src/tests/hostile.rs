@@ -76,7 +76,8 @@ async fn an_end_that_drags_on_is_not_waited_for() {
     let mut last = answer.clone();
     last["choices"][0]["finish_reason"] = json!("stop");
     let text = format!("data: {last}\n\n").into_bytes();
-    let (_server, _shared, engine) = turned(IDLE_MAX, move || steps(vec![Step::Send(text.clone()), Step::Stay])).await;
+    let (_server, _shared, engine) =
+        turned(Duration::from_secs(2), move || steps(vec![Step::Send(text.clone()), Step::Stay])).await;
     let (parts, error) = parts(&engine, ask("hi")).await;
     assert_eq!(error, None);
     assert!(matches!(&parts[..], [Part::Delta(_), Part::Finished(_)]), "{parts:?}");
@@ -97,8 +98,9 @@ async fn calls_without_end_are_not_collected() {
 #[tokio::test]
 async fn a_large_body_is_not_read() {
     let megabyte = vec![b' '; 1 << 20];
-    let body =
-        move || Answer::Raw(200, "content-length: 104857600\r\n", vec![Step::Send(megabyte.clone().repeat(100))]);
+    let body = move || {
+        Answer::Raw(200, "content-length: 104857600\r\n", vec![Step::Forever(megabyte.clone(), Duration::ZERO)])
+    };
     // As a list …
     let large = body.clone();
     let server = StandIn::new(move |_| large()).await;
@@ -107,9 +109,9 @@ async fn a_large_body_is_not_read() {
     assert!(shared.models().is_empty());
     assert!(shared.status()["last_failure"].as_str().unwrap().contains("bytes"), "{}", shared.status());
     // … as a refusal …
-    let refusal = vec![b'x'; 1 << 20].repeat(100);
+    let refusal = vec![b'x'; 1 << 20];
     let (_server, _shared, engine) =
-        turned(SOON, move || Answer::Raw(400, "", vec![Step::Send(refusal.clone())])).await;
+        turned(SOON, move || Answer::Raw(400, "", vec![Step::Forever(refusal.clone(), Duration::ZERO)])).await;
     let rejection = engine.answer(ask("hi")).await.err().unwrap();
     assert!(rejection.kind == RejectionKind::Invalid && rejection.message.len() < 4096, "{rejection:?}");
     // … and as vectors.

@@ -10,8 +10,8 @@ use mesh_core::{
 use serde_json::{Value, json};
 
 use super::{
-    ask, chat, engine, names, share,
-    stand_in::{Answer, StandIn, bare, hello, list, llama_server, mesh_llm, not_found, ollama, vllm},
+    ask, chat, engine, names, parts, share,
+    stand_in::{Answer, StandIn, bare, events, hello, list, llama_server, mesh_llm, not_found, ollama, sse, vllm},
     until, whole,
 };
 use crate::Shared;
@@ -149,11 +149,16 @@ async fn lm_studio_lists_what_is_loaded() {
 async fn another_mesh_llm_says_it_itself() {
     let server = StandIn::new(mesh_llm(|_| hello())).await;
     let shared = share(&server).await;
-    assert_eq!((kind(&shared), names(&shared)), (json!("mesh-llm"), vec!["smol".to_owned()]));
+    assert_eq!((kind(&shared), names(&shared)), (json!("mesh-llm"), vec!["cold".to_owned(), "smol".to_owned()]));
     let found = offer(&shared, "smol");
     assert_eq!(knobs(&found), [Knob::Temperature, Knob::TopK, Knob::Seed, Knob::JsonSchema, Knob::Regex]);
     assert_eq!((found.capabilities.context_tokens_max, found.reasoning), (8192, Reasoning::Switch));
     assert!(found.chat && found.tools && found.capabilities.embeddings);
+    // What is not known yet it refuses by itself.
+    let cold = offer(&shared, "cold");
+    assert!(
+        cold.tools && cold.capabilities.knobs.contains(&Knob::Dry) && cold.capabilities.knobs.contains(&Knob::Lark)
+    );
     let engine = engine(&shared, "smol").await;
     let effort = Some(Effort::Switch(true));
     let thinking = Chat { effort, thinking_tokens_max: Some(9), ..chat("hi") };
@@ -217,5 +222,30 @@ async fn another_server_in_the_same_place_is_looked_at_anew() {
     assert_eq!(kind(&shared), "ollama");
     // Without a moment between them.
     server.set(mesh_llm(|_| hello()));
-    until(&shared, "another", |shared| names(shared) == ["smol"] && shared.status()["kind"] == "mesh-llm").await;
+    until(&shared, "another", |shared| names(shared) == ["cold", "smol"] && shared.status()["kind"] == "mesh-llm")
+        .await;
+}
+
+#[tokio::test]
+async fn places_in_the_servers_files_are_no_names() {
+    let path = "/home/me/models/Qwen3-0.6B-Q8_0.gguf";
+    let server = StandIn::new(move |request| match request.path() {
+        "/v1/models" => {
+            list(&[path, "C:\\models\\phi", "/", "org/model"].map(|id| json!({ "id": id, "owned_by": "vllm" })))
+        }
+        "/v1/chat/completions" if request.model() == path => {
+            Answer::Json(404, json!({ "message": format!("The model `{path}` is gone") }))
+        }
+        "/v1/completions" => events(sse(&[json!({ "error": { "message": format!("{path} broke") } })])),
+        _ => not_found(),
+    })
+    .await;
+    let shared = share(&server).await;
+    assert_eq!(names(&shared), ["Qwen3-0.6B-Q8_0", "org/model", "phi"]);
+    assert!(!shared.status().to_string().contains("home"), "{}", shared.status());
+    let rejection = engine(&shared, "Qwen3-0.6B-Q8_0").await.answer(ask("hi")).await.err().unwrap();
+    assert_eq!(rejection.message, "The model `Qwen3-0.6B-Q8_0` is gone");
+    let text = Ask::new("job", Subject::Text("hi".into()));
+    let (_, error) = parts(&engine(&shared, "Qwen3-0.6B-Q8_0").await, text).await;
+    assert!(error.unwrap().to_string().ends_with("broke off: Qwen3-0.6B-Q8_0 broke"));
 }

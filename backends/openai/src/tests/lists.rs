@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use futures::StreamExt;
-use mesh_core::{EngineState, node::Elsewhere, node::RejectionKind};
+use mesh_core::{
+    EngineState,
+    node::{Elsewhere, Load, RejectionKind},
+};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -23,8 +26,10 @@ async fn what_is_listed_is_offered_and_nothing_else() {
     assert_eq!((offer.node.as_str(), offer.offer.name.as_str(), offer.offer.backend.as_str()), ("box", "m", "openai"));
     assert!(shared.engine("m").is_some() && shared.engine("m@box").is_some());
     assert!(shared.engine("n").is_none() && shared.engine("m@other").is_none() && shared.engine("@box").is_none());
+    assert_eq!(offer.offer.load, Load::default());
     let (deltas, _) = whole(&engine(&shared, "m").await, ask("hi")).await;
     assert_eq!(deltas, [content("hello")]);
+    assert!(shared.models()[0].nodes[0].offer.load.prefill_per_s > Some(0.0));
 }
 
 #[tokio::test]
@@ -101,15 +106,22 @@ async fn a_request_that_finds_nobody_has_the_server_looked_at_at_once() {
 
 #[tokio::test]
 async fn one_that_is_still_loading_is_not_offered() {
-    let loading = |request: &super::stand_in::Request| match request.path() {
-        "/health" => Answer::Json(503, json!({ "error": { "message": "Loading model" } })),
-        _ => llama_server(|_| hello())(request),
+    let answers = |status: u16| {
+        move |request: &super::stand_in::Request| match request.path() {
+            "/health" => Answer::Json(status, json!({ "error": { "message": "Loading model" } })),
+            _ => llama_server(|_| hello())(request),
+        }
     };
-    let server = StandIn::new(loading).await;
+    let server = StandIn::new(answers(503)).await;
     let shared = share(&server).await;
     until(&shared, "looked", |shared| shared.status()["failures"].as_u64() > Some(0)).await;
     assert!(shared.models().is_empty());
-    server.set(llama_server(|_| hello()));
+    server.set(answers(200));
+    until(&shared, "ready", |shared| names(shared) == ["model.gguf"]).await;
+    server.set(answers(500));
+    until(&shared, "broken", |shared| shared.models().is_empty()).await;
+    // A gateway may keep that to itself.
+    server.set(answers(404));
     until(&shared, "ready", |shared| names(shared) == ["model.gguf"]).await;
 }
 

@@ -4,6 +4,7 @@ mod answers;
 mod hostile;
 mod kinds;
 mod lists;
+mod live;
 mod replies;
 mod stand_in;
 

@@ -338,6 +338,8 @@ pub fn mesh_llm(answer: impl Fn(&Request) -> Answer) -> impl Fn(&Request) -> Ans
                     "parameters": ["temperature", "top_k", "response_format", "seed"], "grammars": ["json_schema", "regex"],
                 },
             }),
+            json!({ "id": "cold", "owned_by": "mesh-llm", "status": "cold", "capabilities": { "chat": true } }),
+            json!({ "id": "from-elsewhere", "owned_by": "mesh-llm", "status": "ready", "backend": "openai" }),
             json!({ "id": "broken", "owned_by": "mesh-llm", "status": "failed", "capabilities": {} }),
         ]),
         "/version" => Answer::Json(200, json!({ "version": "0.1.0" })),
