@@ -272,7 +272,7 @@ fn offered(id: &str) -> &str {
 /// elsewhere: two that share each other would offer such a model for as long as both live, whoever had it.
 fn serves(entry: &Value) -> bool {
     let word = |key: &str| entry.get(key).and_then(Value::as_str);
-    let from_elsewhere = word("owned_by") == Some("mesh-llm") && matches!(word("backend"), Some("openai" | "mesh"));
+    let from_elsewhere = word("owned_by") == Some("mesh-llm") && matches!(word("backend"), Some("share" | "mesh"));
     !from_elsewhere && !matches!(word("status"), Some("failed" | "stopped"))
 }
 

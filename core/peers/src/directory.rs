@@ -268,8 +268,8 @@ impl Directory {
 
     /// Takes note of a pulse that came over the connection to a node.
     pub fn pulse(&mut self, node: NodeId, pulse: &Pulse, round_trip: Option<Duration>, now: Duration) -> Pulsed {
-        let current = |member: &mut Member| now < member.expires && pulse.incarnation >= member.advert.incarnation;
-        let Some(mut member) = self.remove_if(&node, current) else { return Pulsed::Stale };
+        let current = |member: &&mut Member| now < member.expires && pulse.incarnation >= member.advert.incarnation;
+        let Some(member) = self.members.get_mut(&node).filter(current) else { return Pulsed::Stale };
         let known = (member.advert.incarnation, member.advert.sequence);
         let interval = Duration::from_millis(pulse.next_ms.into());
         let same_start = pulse.incarnation == known.0;
@@ -279,7 +279,10 @@ impl Directory {
         // What an earlier start offered is not there any more.
         member.lost = !same_start;
         if same_start {
-            member.expires = member.expires.max(now + Duration::from_millis(member.advert.lease_ms.into()));
+            let expires = member.expires.max(now + Duration::from_millis(member.advert.lease_ms.into()));
+            self.expiries.remove(&(member.expires, node));
+            self.expiries.insert((expires, node));
+            member.expires = expires;
         }
         let same = (pulse.incarnation, pulse.sequence) == known;
         if same {
@@ -290,7 +293,6 @@ impl Directory {
                 }
             }
         }
-        self.insert(member);
         if same || (same_start && pulse.sequence < known.1) { Pulsed::Applied } else { Pulsed::Ahead }
     }
 
@@ -401,11 +403,7 @@ impl Directory {
     }
 
     fn remove(&mut self, node: &NodeId) -> Option<Member> {
-        self.remove_if(node, |_| true)
-    }
-
-    fn remove_if(&mut self, node: &NodeId, wanted: impl FnOnce(&mut Member) -> bool) -> Option<Member> {
-        let member = self.members.get_mut(node).is_some_and(wanted).then(|| self.members.remove(node))??;
+        let member = self.members.remove(node)?;
         self.excess -= member.weight.saturating_sub(self.bounds.share_bytes());
         self.expiries.remove(&(member.expires, *node));
         Some(member)

@@ -1,8 +1,9 @@
 //! `/v1/models`. Reads notes and snapshots: nothing here waits for a device.
 
-use warp::{Reply, reply::Response};
+use std::collections::BTreeMap;
 
 use mesh_core::node::{Reasoning, RemoteModel};
+use warp::{Reply, reply::Response};
 
 use super::route::Route;
 use crate::{
@@ -37,23 +38,23 @@ pub(super) fn routes() -> Vec<Route> {
 fn models(slots: &Slots) -> Vec<Model> {
     let remote = slots.remote().list();
     let own = slots.iter().map(|slot| model(slot, &remote));
-    let others = remote.iter().filter(|model| slots.get(&model.name).is_err()).filter_map(elsewhere);
-    own.chain(others).collect()
+    let others = remote.values().filter(|(_, model)| slots.get(&model.name).is_err());
+    own.chain(others.filter_map(|(kind, model)| elsewhere(kind, model))).collect()
 }
 
 /// One that only others have, by its name or as it is called on one of them.
 fn remote(slots: &Slots, name: &str) -> Option<Model> {
     let list = slots.remote().list();
-    if let Some(found) = list.iter().find(|model| model.name == name) {
-        return elsewhere(found);
+    if let Some((kind, found)) = list.get(name) {
+        return elsewhere(kind, found);
     }
     let (model, node) = name.rsplit_once('@')?;
-    let found = list.into_iter().find(|found| found.name == model)?;
-    let nodes: Vec<_> = found.nodes.into_iter().filter(|offer| offer.node == node).collect();
-    elsewhere(&RemoteModel { name: found.name, nodes })
+    let (kind, found) = list.get(model)?;
+    let nodes: Vec<_> = found.nodes.iter().filter(|offer| offer.node == node).cloned().collect();
+    elsewhere(kind, &RemoteModel { name: found.name.clone(), nodes })
 }
 
-fn elsewhere(model: &RemoteModel) -> Option<Model> {
+fn elsewhere(kind: &str, model: &RemoteModel) -> Option<Model> {
     let offer = &model.nodes.first()?.offer;
     let capabilities = ModelCapabilities {
         chat: Some(offer.chat),
@@ -67,7 +68,8 @@ fn elsewhere(model: &RemoteModel) -> Option<Model> {
         created: offer.since,
         owned_by: "mesh-llm",
         status: "ready",
-        backend: Some(offer.backend.clone()),
+        // Here it is served by others; what they serve it with is said of each.
+        backend: Some(kind.to_owned()),
         context_length: Some(offer.capabilities.context_tokens_max),
         pinned: false,
         reserved_bytes: 0,
@@ -81,7 +83,7 @@ fn elsewhere(model: &RemoteModel) -> Option<Model> {
     })
 }
 
-fn model(slot: &Slot, remote: &[RemoteModel]) -> Model {
+fn model(slot: &Slot, remote: &BTreeMap<String, (&str, RemoteModel)>) -> Model {
     let (state, known) = (slot.state(), slot.known());
     let created = if let SlotState::Ready(model) = &state { model.since } else { 0 };
     let profile = known.profile.as_deref();
@@ -97,9 +99,8 @@ fn model(slot: &Slot, remote: &[RemoteModel]) -> Model {
     }
     Model {
         nodes: remote
-            .iter()
-            .find(|model| model.name == slot.name())
-            .map(|model| model.nodes.iter().map(Into::into).collect())
+            .get(&slot.name())
+            .map(|(_, model)| model.nodes.iter().map(Into::into).collect())
             .unwrap_or_default(),
         id: slot.name(),
         object: "model",

@@ -1,7 +1,7 @@
 //! Models that others serve: each becomes a model like those here, with an engine that hands requests on.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     fmt,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -41,18 +41,23 @@ impl RemoteModels {
         &self.sources
     }
 
-    /// The models, by name, each with all who offer it.
-    pub fn list(&self) -> Vec<RemoteModel> {
-        let mut found = BTreeMap::<String, Vec<NodeOffer>>::new();
-        for RemoteModel { name, nodes } in self.sources.iter().flat_map(|source| source.models()) {
-            found.entry(name).or_default().extend(nodes);
+    /// The models, by name, each with all who offer it and the kind of the first.
+    pub fn list(&self) -> BTreeMap<String, (&'static str, RemoteModel)> {
+        let mut found = BTreeMap::<String, (&'static str, RemoteModel)>::new();
+        for source in &self.sources {
+            for model in source.models() {
+                match found.entry(model.name.clone()) {
+                    Entry::Vacant(free) => drop(free.insert((source.kind(), model))),
+                    Entry::Occupied(mut taken) => taken.get_mut().1.nodes.extend(model.nodes),
+                }
+            }
         }
-        found.into_iter().map(|(name, nodes)| RemoteModel { name, nodes }).collect()
+        found
     }
 
     /// Their names.
     pub fn names(&self) -> Vec<String> {
-        self.list().into_iter().map(|model| model.name).collect()
+        self.list().into_keys().collect()
     }
 
     /// The model of that name, if anybody offers it.
