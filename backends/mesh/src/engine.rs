@@ -18,9 +18,10 @@ use mesh_peers::{Asked, NodeId, affinity, choose};
 use tokio::{sync::watch, time::timeout};
 
 use crate::{
+    codec,
     link::{self, Link, Use},
     node::{Node, endpoint_id},
-    wire::{self, Call, SAID_BYTES_MAX, Said},
+    wire::{self, CALL_BYTES_MAX, Call, SAID_BYTES_MAX, Said},
 };
 
 /// How long a node may take to say whether it admits a request. It may have a long prompt to tokenize.
@@ -79,7 +80,7 @@ impl Engine for Remote {
         loop {
             let (link, model) = way.next_node().await?;
             let _use = link.used();
-            let call = Call::Question { model, question: question.clone() };
+            let call = Encoded::of(&Call::Question { model, question: question.clone() })?;
             let said = async {
                 let (send, mut recv) = open(&link, &call).await?;
                 let said = wire::read::<Said>(&mut recv, SAID_BYTES_MAX, None).await.map_err(|error| error.to_string());
@@ -184,7 +185,7 @@ impl Way {
         loop {
             let (link, model) = self.next_node().await?;
             let used = link.used();
-            let call = Call::Ask { model, ask: Box::new(ask.clone()) };
+            let call = Encoded::of(&Call::Ask { model, ask: Box::new(ask.clone()) })?;
             let admission = async {
                 let (send, mut recv) = open(&link, &call).await?;
                 let said =
@@ -256,11 +257,28 @@ impl Way {
     }
 }
 
-async fn open(link: &Link, call: &Call) -> Result<(SendStream, RecvStream), String> {
+async fn open(link: &Link, call: &Encoded) -> Result<(SendStream, RecvStream), String> {
     let (mut send, recv) = link.connection.open_bi().await.map_err(|error| error.to_string())?;
-    wire::write(&mut send, call).await.map_err(|error| error.to_string())?;
+    wire::write_encoded(&mut send, &call.0).await.map_err(|error| error.to_string())?;
     send.finish().map_err(|error| error.to_string())?;
     Ok((send, recv))
+}
+
+/// A request as it is sent, no larger than it is read.
+struct Encoded(Vec<u8>);
+
+impl Encoded {
+    fn of(call: &Call) -> Result<Self, Rejection> {
+        let bytes = codec::encode(call);
+        if bytes.len() <= CALL_BYTES_MAX {
+            return Ok(Self(bytes));
+        }
+        let what = format!(
+            "the request has {} bytes, and another machine takes {CALL_BYTES_MAX}; ask the machine itself, or shorten it",
+            bytes.len()
+        );
+        Err(Rejection::new(RejectionKind::Invalid, "request_too_large", what))
+    }
 }
 
 /// An answer under way.

@@ -80,11 +80,15 @@ impl Budget {
 
 /// Writes a frame.
 pub async fn write(stream: &mut SendStream, value: &impl Serialize) -> Result<(), WireError> {
-    let body = codec::encode(value);
+    write_encoded(stream, &codec::encode(value)).await
+}
+
+/// The same for what was encoded already.
+pub async fn write_encoded(stream: &mut SendStream, body: &[u8]) -> Result<(), WireError> {
     let length =
         u32::try_from(body.len()).map_err(|_| WireError::TooLarge { bytes: body.len(), max: u32::MAX as usize })?;
     // One write: a frame that fits leaves in one packet.
-    let frame = [&length.to_be_bytes()[..], &body].concat();
+    let frame = [&length.to_be_bytes()[..], body].concat();
     stream.write_all(&frame).await.map_err(|error| WireError::Ended(error.to_string()))
 }
 
@@ -221,4 +225,124 @@ pub enum Joined {
     Member(Box<Membership>),
     /// It is not.
     Denied(Denied),
+}
+
+#[cfg(test)]
+mod tests {
+    use iroh::SecretKey;
+    use mesh_core::{
+        ask::{Chat, Subject},
+        chat::Message,
+    };
+    use mesh_peers::advert::{Advert, Loss, VERSION};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        adverts::{Gossiped, Shown, Spoken},
+        node::node_id,
+        trust::Judge,
+    };
+
+    fn shown(key: &SecretKey, mesh: &SecretKey) -> Shown {
+        let advert = Advert {
+            version: VERSION,
+            node: node_id(key.public()),
+            name: "node".into(),
+            incarnation: 1,
+            sequence: 2,
+            lease_ms: 5000,
+            leaving: false,
+            offers: Vec::new(),
+        };
+        let certificate = Certificate { mesh: mesh.public(), node: key.public(), issued_s: 1 };
+        let spoken = Spoken { advert, at: iroh::EndpointAddr::new(key.public()) };
+        Shown {
+            node: key.public(),
+            certificate: Signed::new(mesh, &certificate),
+            spoken: Signed::new(key, &spoken),
+            age_ms: 0,
+        }
+    }
+
+    /// One of each kind of message, as bytes.
+    fn messages() -> Vec<Vec<u8>> {
+        let (key, mesh) = (SecretKey::from_bytes(&[1; 32]), SecretKey::from_bytes(&[2; 32]));
+        let revocations =
+            Signed::new(&mesh, &Revocations { mesh: mesh.public(), serial: 1, nodes: [key.public()].into() });
+        let message = Message { role: "user".into(), content: Some("Hello".into()), ..Message::default() };
+        let subject = Subject::Chat(Chat { messages: vec![message], ..Chat::default() });
+        let card = Card {
+            incarnation: 1,
+            certificate: shown(&key, &mesh).certificate,
+            revocations: Some(revocations.clone()),
+            adverts: vec![shown(&key, &mesh)],
+        };
+        let loss = Loss { node: node_id(key.public()), incarnation: 1, sequence: 1 };
+        vec![
+            Gossiped::Advert(Box::new(shown(&key, &mesh))).encode().to_vec(),
+            Gossiped::Loss(loss).encode().to_vec(),
+            Gossiped::Revocations(revocations).encode().to_vec(),
+            codec::encode(&card),
+            codec::encode(&Call::Ask { model: "m".into(), ask: Box::new(Ask::new("a", subject)) }),
+            codec::encode(&Call::Question { model: "m".into(), question: Question::Detokenize { ids: vec![1] } }),
+            codec::encode(&Said::Part(Part::Queued { ahead: 1 })),
+            codec::encode(&Said::Rejected(Rejection::failed("x"))),
+            codec::encode(&Join { secret: [1; 16] }),
+        ]
+    }
+
+    /// Reads bytes as everything that they might be meant to be.
+    fn read_as_all(bytes: &[u8]) {
+        if let Ok(Gossiped::Advert(shown)) = Gossiped::decode(bytes) {
+            shown.open(&Judge::new(SecretKey::from_bytes(&[2; 32]).public())).ok();
+        }
+        codec::decode::<Card>(bytes, CARD_BYTES_MAX).ok();
+        codec::decode::<Call>(bytes, CALL_BYTES_MAX).ok();
+        codec::decode::<Said>(bytes, SAID_BYTES_MAX).ok();
+        codec::decode::<Join>(bytes, STRANGER_BYTES_MAX).ok();
+        codec::decode::<Proof>(bytes, STRANGER_BYTES_MAX).ok();
+    }
+
+    #[test]
+    fn an_advert_counts_if_its_node_signed_it_and_is_a_member() {
+        let (key, mesh, other) =
+            (SecretKey::from_bytes(&[1; 32]), SecretKey::from_bytes(&[2; 32]), SecretKey::from_bytes(&[3; 32]));
+        let judge = Judge::new(mesh.public());
+        let good = shown(&key, &mesh);
+        assert_eq!(good.open(&judge).unwrap().advert.name, "node");
+        let foreign = Shown { node: other.public(), ..good.clone() };
+        assert!(foreign.open(&judge).is_err(), "passed off as another's");
+        let forged = Shown { spoken: shown(&other, &mesh).spoken, ..good.clone() };
+        assert!(forged.open(&judge).is_err(), "signed by another member");
+        assert!(good.open(&Judge::new(other.public())).is_err(), "another mesh");
+    }
+
+    #[test]
+    fn reading_for_others_is_bounded_together() {
+        let budget = Budget::default();
+        let all: Vec<_> = std::iter::from_fn(|| budget.step().ok()).collect();
+        assert_eq!(all.len() * STEP_BYTES, BUDGET_BYTES);
+        assert!(matches!(budget.step(), Err(WireError::NoRoom)));
+        drop(all);
+        assert!(budget.step().is_ok());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+        #[test]
+        fn bent_messages_are_read_or_refused(
+            which in 0usize..9,
+            bends in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = messages().swap_remove(which);
+            for (at, byte) in bends {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            read_as_all(&bytes);
+            read_as_all(&bytes[..cut.index(bytes.len() + 1)]);
+        }
+    }
 }

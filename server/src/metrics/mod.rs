@@ -4,6 +4,7 @@
 //! counts as `other`.
 
 mod models;
+mod peers;
 mod tally;
 mod watch;
 
@@ -82,6 +83,7 @@ impl Metrics {
         let most = Gauge::<i64>::default();
         most.set(i64::try_from(connections_max).unwrap_or(i64::MAX));
         registry.register("connections_max", "Connections that may be open", most);
+        registry.register_collector(Box::new(peers::Peers(slots.clone())));
         registry.register_collector(Box::new(models::Models(slots)));
         Self { registry: whole, requests, durations, active, connections }
     }

@@ -3,6 +3,7 @@
 import { ServerError, stream } from './client.js';
 import { add, assistantTurn, messages, progress, userTurn } from './conversation.js';
 import * as models from './models.js';
+import * as mesh from './mesh.js';
 import * as settings from './settings.js';
 import { grow, show, toEnd } from './transcript.js';
 
@@ -183,5 +184,5 @@ document.addEventListener('keydown', (event) => {
 addEventListener('focus', look);
 element('model').addEventListener('focus', look);
 
-settings.start(look);
+settings.start(look, (open) => mesh.watch(open, settings.key));
 look();

@@ -37,6 +37,13 @@ export async function models(key) {
   return (await response.json()).data;
 }
 
+// Other machines, by where they come from.
+export async function others(key) {
+  const response = await fetch('v1/mesh', { headers: headers(key), cache: 'no-store' });
+  if (!response.ok) throw await refusal(response);
+  return (await response.json()).sources;
+}
+
 // Streams one answer. `on` has `comment(text)` and `chunk(object)`. Resolves when the answer is whole.
 export async function stream(request, key, signal, on) {
   const response = await fetch('v1/chat/completions', {

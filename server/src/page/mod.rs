@@ -48,6 +48,7 @@ static ASSETS: LazyLock<Vec<Asset>> = LazyLock::new(|| {
         "/ui/client.js": JS = "client.js",
         "/ui/conversation.js": JS = "conversation.js",
         "/ui/markdown.js": JS = "markdown.js",
+        "/ui/mesh.js": JS = "mesh.js",
         "/ui/models.js": JS = "models.js",
         "/ui/settings.js": JS = "settings.js",
         "/ui/transcript.js": JS = "transcript.js",

@@ -41,13 +41,14 @@ export function knobs() {
 export const system = () => (field('system').value.trim() ? field('system').value : '');
 export const key = () => field('key').value.trim();
 
-// The panel's own workings. `onKey` is told when the key changes.
-export function start(onKey) {
+// The panel's own workings. `onKey` is told when the key changes, `onShow` whether the panel is seen.
+export function start(onKey, onShow) {
   const panel = field('settings');
   const toggle = field('settings-toggle');
   const show = (open) => {
     panel.hidden = !open;
     toggle.setAttribute('aria-expanded', String(open));
+    onShow(open);
     if (open) field('system').focus();
     else toggle.focus();
   };

@@ -339,7 +339,7 @@ pub fn mesh_llm(answer: impl Fn(&Request) -> Answer) -> impl Fn(&Request) -> Ans
                 },
             }),
             json!({ "id": "cold", "owned_by": "mesh-llm", "status": "cold", "capabilities": { "chat": true } }),
-            json!({ "id": "from-elsewhere", "owned_by": "mesh-llm", "status": "ready", "backend": "openai" }),
+            json!({ "id": "from-elsewhere", "owned_by": "mesh-llm", "status": "ready", "backend": "share" }),
             json!({ "id": "broken", "owned_by": "mesh-llm", "status": "failed", "capabilities": {} }),
         ]),
         "/version" => Answer::Json(200, json!({ "version": "0.1.0" })),
