@@ -18,14 +18,17 @@ fn main() {
     let sizes: Vec<usize> = std::env::args().skip(1).filter_map(|size| size.parse().ok()).collect();
     let sizes = if sizes.is_empty() { vec![10, 100, 1000] } else { sizes };
     for nodes in sizes {
-        let setup =
-            Setup { nodes, seed: 1, churn_per_minute: 0.1, requests_per_s: nodes as f64 / 5.0, swaps_per_minute: 0.1 };
+        let setup = Setup::usual(nodes, 1);
         // The fewer nodes there are, the longer it takes until something has happened often enough.
-        let counted = Duration::from_secs((60_000 / nodes as u64).clamp(120, 6000));
+        let counted = Duration::from_secs((60_000 / nodes as u64).clamp(100, 6000));
         let began = std::time::Instant::now();
-        let steady = steady(setup, Duration::from_secs(60), counted);
+        let steady = steady(setup, Duration::from_secs(20), counted);
         let outcome = &steady.outcome;
-        println!("{nodes} nodes, {} s, 10 % churn a minute ({:.0} s of work)", counted.as_secs(), began.elapsed().as_secs_f64());
+        println!(
+            "{nodes} nodes, {} s, 10 % churn a minute ({:.0} s of work)",
+            counted.as_secs(),
+            began.elapsed().as_secs_f64()
+        );
         println!("  {:.3} % of {} at the first try; {outcome:?}", 100.0 * outcome.first_try_part(), outcome.requests());
         let traffic = &steady.traffic;
         for (what, sent) in [

@@ -160,6 +160,8 @@ pub struct Directory {
     bounds: Bounds,
     members: BTreeMap<NodeId, Member>,
     expiries: BTreeSet<(Duration, NodeId)>,
+    /// Those that pulses are expected from: few, where members are many.
+    connected: BTreeSet<NodeId>,
     /// The latest incarnation and sequence of those that are no members any more: nothing earlier brings them back.
     gone: LruCache<NodeId, Gone>,
     revoked: BTreeSet<NodeId>,
@@ -184,6 +186,7 @@ impl Directory {
             bounds,
             members: BTreeMap::new(),
             expiries: BTreeSet::new(),
+            connected: BTreeSet::new(),
             gone: LruCache::new(gone),
             revoked: BTreeSet::new(),
             excess: 0,
@@ -274,6 +277,7 @@ impl Directory {
         let interval = Duration::from_millis(pulse.next_ms.into());
         let same_start = pulse.incarnation == known.0;
         member.due = Some(Due { at: now + interval, interval });
+        self.connected.insert(node);
         member.round_trip = round_trip.or(member.round_trip);
         member.heard = now;
         // What an earlier start offered is not there any more.
@@ -301,6 +305,7 @@ impl Directory {
         if let Some(member) = self.members.get_mut(&node) {
             // Until pulses have come, an ordinary interval is what is expected.
             member.due = Some(Due { at: now + PULSE_IDLE, interval: PULSE_IDLE });
+            self.connected.insert(node);
             member.round_trip = round_trip.or(member.round_trip);
             member.heard = now;
             member.lost = false;
@@ -310,6 +315,7 @@ impl Directory {
     /// The connection to the node broke, or it could not be reached. Until it is heard again, nothing is routed to it. What is
     /// to be told to everybody, if it was not known.
     pub fn lost(&mut self, node: NodeId, now: Duration) -> Option<Loss> {
+        self.connected.remove(&node);
         let member = self.members.get_mut(&node)?;
         member.due = None;
         if member.lost || now >= member.expires {
@@ -321,6 +327,7 @@ impl Directory {
 
     /// The connection to the node was closed, since nobody needed it. That says nothing about the node.
     pub fn closed(&mut self, node: NodeId) {
+        self.connected.remove(&node);
         if let Some(member) = self.members.get_mut(&node) {
             member.due = None;
         }
@@ -339,6 +346,7 @@ impl Directory {
             {
                 member.lost = true;
                 member.due = None;
+                self.connected.remove(&loss.node);
                 Reported::Believed
             }
             _ => Reported::Ignored,
@@ -374,8 +382,8 @@ impl Directory {
     /// Connected ones that missed several pulses: their connections are to be taken for [`lost`](Self::lost).
     pub fn quiet(&self, now: Duration) -> Vec<NodeId> {
         let missed = |due: Due| now > due.at + due.interval * (PULSES_MISSED_MAX - 1);
-        let quiet = self.members.iter().filter(|(_, member)| member.due.is_some_and(missed));
-        quiet.map(|(node, _)| *node).collect()
+        let due = |node: &NodeId| self.members.get(node).and_then(|member| member.due);
+        self.connected.iter().filter(|node| due(node).is_some_and(missed)).copied().collect()
     }
 
     /// Those that were lost, or whose leases ended: after a partition they may be there, and nobody here would know unless
@@ -399,11 +407,15 @@ impl Directory {
         let node = member.advert.node;
         self.excess += member.weight.saturating_sub(self.bounds.share_bytes());
         self.expiries.insert((member.expires, node));
+        if member.due.is_some() {
+            self.connected.insert(node);
+        }
         self.members.insert(node, member);
     }
 
     fn remove(&mut self, node: &NodeId) -> Option<Member> {
         let member = self.members.remove(node)?;
+        self.connected.remove(node);
         self.excess -= member.weight.saturating_sub(self.bounds.share_bytes());
         self.expiries.remove(&(member.expires, *node));
         Some(member)

@@ -403,6 +403,8 @@ proptest! {
                     .collect();
                 prop_assert_eq!(who(&directory, model, now), expected, "{} after {:?}", model, step);
             }
+            let connected = directory.members.iter().filter(|(_, member)| member.due.is_some()).map(|(node, _)| *node);
+            prop_assert!(connected.eq(directory.connected.iter().copied()));
             let held = should.iter().filter(|node| node.held(now).is_some()).count();
             prop_assert_eq!(directory.nodes(now).len(), held);
         }

@@ -13,25 +13,23 @@ use world::Setup;
 
 const S: Duration = Duration::from_secs(1);
 
-fn setup(nodes: usize) -> Setup {
-    Setup { nodes, seed: 1, churn_per_minute: 0.1, requests_per_s: nodes as f64 / 2.0, swaps_per_minute: 0.1 }
-}
-
 #[test]
 fn one_seed_is_one_course_of_events() {
-    let [one, other] = [0, 1].map(|_| steady(setup(30), S, 20 * S));
+    let [one, other] = [0, 1].map(|_| steady(Setup::usual(30, 1), S, 20 * S));
     assert_eq!(one, other);
-    assert_ne!(one, steady(Setup { seed: 2, ..setup(30) }, S, 20 * S));
+    assert_ne!(one, steady(Setup::usual(30, 2), S, 20 * S));
 }
 
 #[test]
 fn a_thousand_nodes_come_and_go_and_requests_go_to_living_ones() {
-    let steady = steady(setup(1000), 10 * S, 30 * S);
+    // Many requests in little time, so that they are enough to count.
+    let setup = Setup { requests_per_s: 1000.0, answer: S / 2, ..Setup::usual(1000, 1) };
+    let steady = steady(setup, 2 * S, 15 * S);
     let outcome = &steady.outcome;
-    assert!(outcome.requests() > 10_000, "{outcome:?}");
+    assert!(outcome.requests() > 9_000, "{outcome:?}");
     assert!(outcome.first_try_part() >= 0.999, "{} {outcome:?}", outcome.first_try_part());
     // Conversations stay where their prefixes are.
-    assert!(outcome.turns[1] as f64 >= 0.98 * outcome.turns[0] as f64, "{outcome:?}");
+    assert!(outcome.turns[1] as f64 >= 0.95 * outcome.turns[0] as f64, "{outcome:?}");
     // What it costs does not grow with the mesh: 20 heartbeats a second reach everybody, in a mesh of any size.
     let (messages, bytes) = steady.rate(steady.all());
     assert!(messages < 300.0 && bytes < 150e3, "{messages} messages, {bytes} bytes a node and second");

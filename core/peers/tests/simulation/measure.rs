@@ -67,7 +67,8 @@ pub struct Convergence {
 
 /// Does one thing after the other to a mesh in which nothing else happens.
 pub fn convergence(nodes: usize, seed: u64) -> Convergence {
-    let setup = Setup { nodes, seed, churn_per_minute: 0.0, requests_per_s: 0.0, swaps_per_minute: 0.0 };
+    let setup =
+        Setup { churn_per_minute: 0.0, requests_per_s: 0.0, swaps_per_minute: 0.0, ..Setup::usual(nodes, seed) };
     let mut world = World::new(setup);
     let most = Duration::from_secs(400);
     world.run(Duration::from_secs(5));

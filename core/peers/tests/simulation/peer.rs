@@ -88,7 +88,15 @@ pub fn model_name(model: usize) -> String {
 }
 
 impl Peer {
-    pub fn new(index: usize, life: u32, place: (f32, f32), side: bool, models: Vec<usize>, now: Duration, seed: u64) -> Self {
+    pub fn new(
+        index: usize,
+        life: u32,
+        place: (f32, f32),
+        side: bool,
+        models: Vec<usize>,
+        now: Duration,
+        seed: u64,
+    ) -> Self {
         let mut config = Config::default();
         config.max_message_size = 2 * MESSAGE_BYTES_MAX;
         // A thousand nodes are in one memory here.
@@ -201,7 +209,8 @@ fn offer(model: usize, load: Load) -> ModelOffer {
         capabilities: Capabilities {
             prompt: PromptForm::Tokens,
             output: OutputForm::Tokens,
-            knobs: [Temperature, TopP, TopK, MinP, Seed, RepetitionPenalty, PresencePenalty, LogitBias, JsonSchema].into(),
+            knobs: [Temperature, TopP, TopK, MinP, Seed, RepetitionPenalty, PresencePenalty, LogitBias, JsonSchema]
+                .into(),
             context_tokens_max: 32_768,
             requests_parallel_max: PARALLEL,
             requests_queued_max: 64,

@@ -30,9 +30,6 @@ const TRY: Duration = Duration::from_secs(1);
 /// Times that a request is sent.
 const TRIES: u32 = 3;
 
-/// How long an answer takes.
-const ANSWER: Duration = Duration::from_secs(3);
-
 pub struct Request {
     pub from: usize,
     pub life: u32,
@@ -119,7 +116,11 @@ impl World {
         self.soon(per_s, What::Churn);
         // One event is one who goes and one who comes; the first call only starts it.
         if let Some(node) = self.any_living().filter(|_| per_s > 0.0) {
-            if self.rng.random_bool(0.5) { self.die(node) } else { self.leave(node) }
+            if self.rng.random_bool(0.5) {
+                self.die(node)
+            } else {
+                self.leave(node)
+            }
             self.join();
         }
     }
@@ -134,7 +135,8 @@ impl World {
                 self.peers[node].models[place] = model;
                 let load = &mut self.peers[node].loads[place];
                 (load.running, load.waiting) = (0, 0);
-                self.advertise(node);
+                let advert = self.peers[node].advert(false);
+                self.changed(node, advert);
             }
         }
     }
@@ -160,7 +162,11 @@ impl World {
             let place = self.rng.random_range(0..CONVERSATIONS);
             let new = Conversation { model, messages: vec![system], answered_by: None };
             let conversations = &mut self.peers[from].conversations;
-            if place < conversations.len() { conversations[place] = new } else { conversations.push(new) }
+            if place < conversations.len() {
+                conversations[place] = new
+            } else {
+                conversations.push(new)
+            }
             place.min(self.peers[from].conversations.len() - 1)
         };
         let text = format!("{:x} {}", self.rng.random::<u64>(), "and so on ".repeat(40));
@@ -233,7 +239,7 @@ impl World {
         }
         self.link(from, to);
         self.peers[to].begun(model);
-        let time = ANSWER.mul_f64(self.rng.random_range(0.3..2.0));
+        let time = self.setup.answer.mul_f64(self.rng.random_range(0.3..2.0));
         self.schedule(time, to, What::Done(model));
         let Some(index) = request.conversation else { return };
         let talk = &mut self.peers[from].conversations[index];

@@ -12,8 +12,9 @@ use bytes::Bytes;
 use iroh_gossip::proto::{Command, Event, InEvent, Message, OutEvent, Scope, Timer, TopicId};
 use lru::LruCache;
 use mesh_peers::{
-    Advert, Loss, NodeId, Pulse, cadence,
+    Advert, Loss, NodeId, Pulse,
     advert::{News, Snapshot},
+    cadence,
     directory::Reported,
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -60,12 +61,25 @@ pub struct Setup {
     pub requests_per_s: f64,
     /// How often a node swaps one of its models for another, in a minute.
     pub swaps_per_minute: f64,
+    /// How long an answer takes, about.
+    pub answer: Duration,
+}
+
+impl Setup {
+    /// Ten in a hundred nodes go in a minute, ten swap a model, and each has a request every five seconds.
+    pub fn usual(nodes: usize, seed: u64) -> Self {
+        let requests_per_s = nodes as f64 / 5.0;
+        let answer = Duration::from_secs(3);
+        Self { nodes, seed, churn_per_minute: 0.1, requests_per_s, swaps_per_minute: 0.1, answer }
+    }
 }
 
 pub enum What {
     Gossip(usize, Box<Message<NodeId>>),
     Pulse(usize, Arc<Pulse>),
     Snapshot(Arc<Snapshot>),
+    /// Said over a connection, to be there before gossip is.
+    Told(Heard),
     /// The other end closed a connection that nobody needed.
     Parted(usize),
     WantSnapshot(usize),
@@ -141,6 +155,7 @@ pub struct World {
     /// For how many node-seconds the traffic was counted.
     pub node_seconds: f64,
     pub divided: bool,
+    founding: bool,
     queue: BinaryHeap<Reverse<Scheduled>>,
     number: u64,
     start: Instant,
@@ -151,13 +166,13 @@ pub struct World {
 }
 
 #[derive(Clone)]
-enum Heard {
+pub enum Heard {
     Advert(Arc<Advert>),
     Loss(Loss),
 }
 
 impl World {
-    /// A mesh that has come together: one node after the other joined a random earlier one.
+    /// A mesh that has come together: one node after the other joined a random earlier one, and all know all.
     pub fn new(setup: Setup) -> Self {
         let mut world = Self {
             setup,
@@ -168,6 +183,7 @@ impl World {
             traffic: Traffic::default(),
             node_seconds: 0.0,
             divided: false,
+            founding: true,
             queue: BinaryHeap::new(),
             number: 0,
             start: Instant::now(),
@@ -176,10 +192,25 @@ impl World {
         };
         for _ in 0..setup.nodes {
             world.join();
-            world.run(Duration::from_millis(10));
+            world.run(Duration::from_millis(2));
         }
-        world.run(Duration::from_secs(5));
+        world.introduce();
+        world.run(Duration::from_secs(1));
         world
+    }
+
+    /// Everybody knows everybody. (Having them tell one another would take most of the time.)
+    fn introduce(&mut self) {
+        self.founding = false;
+        let nodes = self.peers.len();
+        let (heartbeat, lease) = (cadence::heartbeat(nodes), cadence::lease(nodes).as_millis() as u32);
+        for node in 0..nodes {
+            let advert = Arc::new(Advert { lease_ms: lease, ..self.peers[node].advert(false) });
+            for other in 0..nodes {
+                self.peers[other].directory.hear(advert.clone(), self.now);
+            }
+            self.peers[node].advertise_at = self.now + heartbeat.mul_f64(self.rng.random());
+        }
     }
 
     /// Starts requests, churn and swaps.
@@ -258,6 +289,7 @@ impl World {
                     peer.directory.pulse(id_of(from), &pulse, Some(round_trip), now);
                 }
             }
+            What::Told(news) => self.hear(node, news),
             What::Parted(from) => {
                 if let Some(watcher) = self.peers[node].watchers.get_mut(&from) {
                     watcher.used = None;
@@ -351,6 +383,9 @@ impl World {
         peer.directory.reached(id_of(other), Some(latency * 2), now);
         if !peer.advertised {
             peer.advertised = true;
+            if self.founding {
+                return;
+            }
             self.advertise(node);
             if self.reaches(node, other) {
                 self.schedule(latency, other, What::WantSnapshot(node));
@@ -392,6 +427,19 @@ impl World {
         let interval = cadence::heartbeat(peer.directory.len() + 1);
         let interval = interval.mul_f64(self.rng.random_range(0.9..1.1));
         self.peers[node].advertise_at = self.now + interval;
+        self.broadcast(node, &News::Advert(advert));
+    }
+
+    /// Tells what has changed: those who have a connection first.
+    pub fn changed(&mut self, node: usize, advert: Advert) {
+        let bytes = advert.encode().len();
+        let heard = Heard::Advert(Arc::new(advert.clone()));
+        for to in self.peers[node].watchers.keys().copied().collect::<Vec<_>>() {
+            self.traffic.adverts.count(bytes);
+            if self.reaches(node, to) {
+                self.schedule(self.latency(node, to), to, What::Told(heard.clone()));
+            }
+        }
         self.broadcast(node, &News::Advert(advert));
     }
 
@@ -479,7 +527,11 @@ impl World {
         let index = if back { dead[self.rng.random_range(0..dead.len())] } else { self.peers.len() };
         let life = self.peers.get(index).map_or(0, |peer| peer.life + 1);
         let peer = Peer::new(index, life, place, side, models, self.now, seed);
-        if back { self.peers[index] = peer } else { self.peers.push(peer) }
+        if back {
+            self.peers[index] = peer
+        } else {
+            self.peers.push(peer)
+        }
         let offset = Duration::from_micros(self.rng.random_range(0..TICK.as_micros() as u64));
         self.schedule(offset, index, What::Tick);
         let contacts = contact.map(id_of).into_iter().collect();
@@ -491,7 +543,7 @@ impl World {
     pub fn leave(&mut self, node: usize) {
         let advert = self.peers[node].advert(true);
         (self.peers[node].serving, self.peers[node].left) = (false, true);
-        self.broadcast(node, &News::Advert(advert));
+        self.changed(node, advert);
         self.schedule(LAST_WORDS, node, What::Gone);
     }
 
