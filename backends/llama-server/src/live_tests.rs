@@ -372,7 +372,10 @@ async fn a_crash_reaches_streams_and_the_state_with_its_reason() {
     let stream = engine.submit(job(vec![9], Sampling::greedy(), 250)).await.unwrap();
     signal(pid, libc::SIGKILL);
     let events: Vec<_> = timeout(SOON, stream.collect()).await.expect("the stream did not end");
-    let Some(Err(EngineError::Failed { what })) = events.last() else { panic!("{events:?}") };
+    // On a busy machine it may be dead before it was sent the job.
+    let Some(Err(EngineError::Failed { what } | EngineError::NotBegun { what })) = events.last() else {
+        panic!("{events:?}")
+    };
     assert!(what.contains("exited with signal 9 (SIGKILL); last lines: "), "{what}");
     assert!(what.contains("model"), "its last lines are quoted: {what}");
     let EngineState::Failed(why) = timeout(SOON, engine.ended()).await.unwrap() else { panic!("not failed") };
