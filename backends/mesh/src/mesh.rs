@@ -16,7 +16,7 @@ use iroh_gossip::net::Gossip;
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use mesh_core::{
     BackendInfo, Device, DeviceKind, EngineHandle, Hint,
-    node::{Elsewhere, Here, Local, ModelOffer, NodeOffer, RemoteModel},
+    node::{Elsewhere, Here, Local, ModelOffer, NodeOffer, RemoteModel, Routing},
 };
 use mesh_peers::{Asked, Place, Policy, choose, place, policy::LocalState};
 use serde_json::{Value, json};
@@ -237,17 +237,20 @@ impl Elsewhere for Mesh {
     }
 
     fn goes_there(&self, name: &str, here: Here) -> bool {
+        self.explain(name, Some(here)).is_some_and(|routing| routing.elsewhere)
+    }
+
+    fn explain(&self, name: &str, here: Option<Here>) -> Option<Routing> {
         let candidates = self.node.state().directory.offers(name, self.node.now());
-        let asked = Asked::default();
-        let best = choose(&candidates, &asked, &self.node.policy, self.node.incarnation)
-            .and_then(|choice| choice.ranked.first().map(|(_, expected)| *expected));
+        let choice = choose(&candidates, &Asked::default(), &self.node.policy, self.node.incarnation)?;
+        let best = choice.ranked.first().map(|(_, expected)| *expected);
         let local = match here {
-            Here::Cold => LocalState::Cold,
-            Here::Ready { running, waiting, parallel } => LocalState::Ready { running, waiting, parallel },
+            None => LocalState::NotHere,
+            Some(Here::Cold) => LocalState::Cold,
+            Some(Here::Ready { running, waiting, parallel }) => LocalState::Ready { running, waiting, parallel },
         };
         let (placed, why) = place(local, best.as_ref(), &self.node.policy);
-        tracing::debug!(model = name, ?placed, why, "where requests go");
-        placed == Place::There
+        Some(Routing { elsewhere: placed == Place::There, why, machines: choice.reasons })
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

@@ -266,6 +266,17 @@ pub enum Here {
     },
 }
 
+/// Why a request would go where it goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Routing {
+    /// Whether it goes to another machine.
+    pub elsewhere: bool,
+    /// Why, in a clause.
+    pub why: String,
+    /// The machines that offer the model, best first, each with what is expected of it.
+    pub machines: Vec<String>,
+}
+
 /// What a server does for requests that come from elsewhere. It serves what is ready there, and passes nothing on.
 #[async_trait]
 pub trait Local: Send + Sync {
@@ -298,6 +309,13 @@ pub trait Elsewhere: Send + Sync {
     fn goes_there(&self, name: &str, here: Here) -> bool {
         let _ = name;
         here == Here::Cold
+    }
+
+    /// Why a request for the model would go where it goes now; `here` is how this machine has it, if it does. `None` if
+    /// nobody offers it.
+    fn explain(&self, name: &str, here: Option<Here>) -> Option<Routing> {
+        let _ = (name, here);
+        None
     }
 
     /// Changes whenever the models do.

@@ -274,6 +274,10 @@ pub struct ExplainArgs {
     /// Answer in JSON
     #[arg(long)]
     pub json: bool,
+    /// The server of this machine that is asked where requests go, if it takes part in a mesh [default: where `mesh-llm
+    /// serve` listens]
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
     #[command(flatten)]
     pub choice: ChoiceArgs,
     #[command(flatten)]

@@ -147,6 +147,7 @@ pub(crate) fn route(path: &str) -> &'static str {
         return path;
     }
     match path {
+        _ if path.starts_with("/v1/mesh/routes/") => "/v1/mesh/routes/{model}",
         _ if path.starts_with("/v1/models/") => "/v1/models/{model}",
         _ if path.starts_with("/v1/responses/") => "/v1/responses/{id}",
         _ if path.starts_with("/v1/requests/") => "/v1/requests/{id}",

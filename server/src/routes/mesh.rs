@@ -1,5 +1,6 @@
 //! `/v1/mesh`: who serves for whom. Names and counts; no address of anybody.
 
+use mesh_core::node::Routing;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
@@ -24,6 +25,17 @@ struct Source {
     status: Value,
 }
 
+/// Why a request would go where it goes.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+struct Way {
+    /// Whether it goes to another machine.
+    elsewhere: bool,
+    /// Why.
+    why: String,
+    /// The machines that offer the model, best first, each with what is expected of it.
+    machines: Vec<String>,
+}
+
 pub(super) fn routes() -> Vec<Route> {
     vec![
         Route::get("/v1/mesh", |door, _| async move {
@@ -34,5 +46,12 @@ pub(super) fn routes() -> Vec<Route> {
         })
         .says("The machines that serve for this one and that it serves for.")
         .gives::<Others>(),
+        // Names of models hold slashes.
+        Route::get("/v1/mesh/routes/{model*}", |door, call| async move {
+            let Routing { elsewhere, why, machines } = door.slots.explain(call.param())?;
+            Ok::<Response, ApiError>(warp::reply::json(&Way { elsewhere, why, machines }).into_response())
+        })
+        .says("Why a request for a model would go where it goes now.")
+        .gives::<Way>(),
     ]
 }

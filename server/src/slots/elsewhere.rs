@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use mesh_core::node::{Elsewhere, ModelOffer, NodeOffer, RemoteModel};
+use mesh_core::node::{Elsewhere, Here, ModelOffer, NodeOffer, RemoteModel, Routing};
 
 use super::Slot;
 use crate::{defaults::Manner, metrics::Tally, served::ServedModel};
@@ -75,6 +75,11 @@ impl RemoteModels {
         asked.flat_map(|name| self.sources.iter().map(move |source| (name, source))).find_map(|(name, source)| {
             if source.goes_there(name, here) { self.model_of(&**source, name) } else { None }
         })
+    }
+
+    /// Why a request goes where it goes, as the first says that knows the model.
+    pub(super) fn explain(&self, name: &str, here: Option<Here>) -> Option<Routing> {
+        self.sources.iter().find_map(|source| source.explain(name, here))
     }
 
     fn model_of(&self, source: &dyn Elsewhere, name: &str) -> Option<Arc<ServedModel>> {

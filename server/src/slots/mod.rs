@@ -21,7 +21,7 @@ use std::{
 
 use mesh_core::{
     ModelProfile,
-    node::{Here, Load},
+    node::{Here, Load, Routing},
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -319,6 +319,23 @@ impl Slots {
     /// What others serve.
     pub fn remote(&self) -> &RemoteModels {
         &self.0.remote
+    }
+
+    /// Why a request for the model of that name goes where it goes.
+    pub(crate) fn explain(&self, name: &str) -> Result<Routing, SlotError> {
+        let slot = self.get(name);
+        let here = slot.as_ref().ok().map(|slot| slot.here());
+        match (self.remote().explain(name, here), slot, here) {
+            (Some(routing), ..) => Ok(routing),
+            (None, Err(error), _) => Err(error),
+            (None, Ok(_), here) => {
+                let why = match here {
+                    Some(Here::Ready { .. }) => "ready here",
+                    _ => "not loaded here, and nobody else has it ready",
+                };
+                Ok(Routing { elsewhere: false, why: why.into(), machines: Vec::new() })
+            }
+        }
     }
 
     /// Where the model of that name is to be asked: here, or where it is ready.

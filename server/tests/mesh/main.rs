@@ -79,6 +79,12 @@ fn three_machines_are_one_endpoint() {
     let table = machines[0].done(&["mesh", "status", "--url", &url]);
     assert!(table.contains("two") && table.contains("beta, common"), "{table}");
 
+    // Why requests go where they go.
+    let why = machines[0].done(&["explain", "gamma", "--offline", "--url", &url]);
+    assert!(why.contains("to another machine") && why.contains("ready at a peer") && why.contains("three ("), "{why}");
+    let (_, way) = machines[1].get("/v1/mesh/routes/common");
+    assert!(way["elsewhere"] == false && way["why"] == "ready here" && way["machines"][0].as_str().is_some(), "{way}");
+
     // One dies and says nothing: what it alone has is refused within the lease, what others have too is answered.
     machines[2].kill();
     let killed = Instant::now();

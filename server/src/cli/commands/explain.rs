@@ -4,26 +4,77 @@ use std::sync::Arc;
 
 use comfy_table::{Table, presets};
 use console::style;
+use mesh_backend_mesh::Home;
 use mesh_core::{Elected, ElectionError, Hint, ModelProfile, ProgressSink, Verdict};
 use mesh_llm::voting::Votes;
+use percent_encoding::NON_ALPHANUMERIC;
 use serde_json::{Value, json};
 
 use crate::cli::{
     args::ExplainArgs,
     failure::{Exit, Failure},
     output::{Output, bytes},
-    plan::{ModelPlan, Setting},
+    plan::{self, ModelPlan, Setting},
 };
 
 pub async fn run(args: ExplainArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::new(&args.environment)?;
     let plan = setting.choose(args.model.clone(), &args.choice)?;
-    let judged = Judged::of(&setting, &plan, output.progress_beside(args.json)).await?;
-    match args.json {
-        true => output.line(pretty(&judged.as_json())?),
-        false => output.line(text([judged.head(), judged.facts(&[]), judged.verdicts()])),
+    let routed = routed(&setting, &args).await;
+    let judged = match Judged::of(&setting, &plan, output.progress_beside(args.json)).await {
+        Err(failure) if routed.is_none() => return Err(failure),
+        // It need not be on this machine, where another one serves it.
+        judged => judged,
+    };
+    if args.json {
+        let mut whole = match &judged {
+            Ok(judged) => judged.as_json(),
+            Err(failure) => {
+                json!({ "model": args.model, "error": { "message": failure.message, "hint": failure.hint } })
+            }
+        };
+        if let Some(routed) = routed {
+            whole["requests"] = routed;
+        }
+        output.line(pretty(&whole)?);
+        return Ok(());
     }
+    let mut sections = match &judged {
+        Ok(judged) => vec![judged.head(), judged.facts(&[]), judged.verdicts()],
+        Err(failure) => vec![format!("not on this machine: {}", failure.message)],
+    };
+    sections.extend(routed.as_ref().map(requests));
+    output.line(text(sections));
     Ok(())
+}
+
+/// Where the server on this machine would send a request for the model, if one runs that takes part in a mesh.
+async fn routed(setting: &Setting, args: &ExplainArgs) -> Option<Value> {
+    let member = Home::usual().ok()?.membership().ok()??;
+    let url = match &args.url {
+        Some(url) => url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
+        None => format!("http://{}", plan::local_address(&setting.config)),
+    };
+    let path = format!("/v1/mesh/routes/{}", percent_encoding::utf8_percent_encode(&args.model, NON_ALPHANUMERIC));
+    match super::mesh::told(&url, &path).await {
+        Ok(mut routed) => {
+            routed["mesh"] = member.mesh_name.into();
+            Some(routed)
+        }
+        Err(failure) => {
+            tracing::debug!(why = failure.message, "where requests go is not known");
+            None
+        }
+    }
+}
+
+fn requests(routed: &Value) -> String {
+    let word = |key: &str| routed[key].as_str().unwrap_or_default().to_owned();
+    let whither = if routed["elsewhere"] == json!(true) { "to another machine" } else { "to this machine" };
+    let machines = routed["machines"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let lines: Vec<String> = machines.map(|machine| format!("  - {machine}")).collect();
+    let head = format!("requests go {} (mesh {}): {}", style(whither).green().bold(), word("mesh"), word("why"));
+    [&[head], &lines[..]].concat().join("\n")
 }
 
 /// A model, and what every backend says of it.

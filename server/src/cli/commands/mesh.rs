@@ -136,11 +136,22 @@ async fn status(server: &ServerArgs) -> Result<Value, Failure> {
         Some(url) => url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
         None => format!("http://{}", plan::local_address(&Config::read(None)?)),
     };
+    let body = told(&url, "/v1/mesh").await?;
+    let sources = body["sources"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mesh = sources.iter().find(|source| source["kind"] == "mesh").map(|source| source["status"].clone());
+    mesh.ok_or_else(|| {
+        Failure::new(Exit::Mesh, "the server takes part in no mesh")
+            .hint("run `mesh-llm mesh create` or `mesh-llm serve --join TICKET`, and start it again")
+    })
+}
+
+/// What the server at `url` tells.
+pub async fn told(url: &str, path: &str) -> Result<Value, Failure> {
     let unreachable = |error: reqwest::Error| {
         Failure::new(Exit::Failure, format!("no server answers at {url}: {error}"))
             .hint("start one with `mesh-llm serve`, or say where it is with --url")
     };
-    let mut request = reqwest::Client::new().get(format!("{url}/v1/mesh")).timeout(ANSWER_MAX);
+    let mut request = reqwest::Client::new().get(format!("{url}{path}")).timeout(ANSWER_MAX);
     if let Ok(key) = std::env::var("MESH_LLM_API_KEY") {
         request = request.bearer_auth(key);
     }
@@ -152,12 +163,7 @@ async fn status(server: &ServerArgs) -> Result<Value, Failure> {
         return Err(Failure::new(Exit::Failure, format!("the server answers {status}: {why}"))
             .hint("where it asks for a key, set MESH_LLM_API_KEY"));
     }
-    let sources = body["sources"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let mesh = sources.iter().find(|source| source["kind"] == "mesh").map(|source| source["status"].clone());
-    mesh.ok_or_else(|| {
-        Failure::new(Exit::Mesh, "the server takes part in no mesh")
-            .hint("run `mesh-llm mesh create` or `mesh-llm serve --join TICKET`, and start it again")
-    })
+    Ok(body)
 }
 
 /// The id of the node of that name.
