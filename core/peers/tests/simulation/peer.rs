@@ -97,8 +97,7 @@ impl Peer {
         now: Duration,
         seed: u64,
     ) -> Self {
-        let mut config = Config::default();
-        config.max_message_size = 2 * MESSAGE_BYTES_MAX;
+        let mut config = Config { max_message_size: 2 * MESSAGE_BYTES_MAX, ..Config::default() };
         // A thousand nodes are in one memory here.
         config.broadcast.message_cache_retention = Duration::from_secs(10);
         config.broadcast.message_id_retention = Duration::from_secs(30);
