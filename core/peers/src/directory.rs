@@ -394,13 +394,15 @@ impl Directory {
         lost.chain(lapsed).collect()
     }
 
-    /// What is known, for a node that has just come.
-    pub fn snapshot(&self, now: Duration) -> Vec<Snapshot> {
+    /// What is known, for a node that has just come, with this node's own latest advert: its next one may be a while off.
+    pub fn snapshot(&self, mine: Arc<Advert>, now: Duration) -> Vec<Snapshot> {
+        let mine = Held { age_ms: 0, advert: mine };
         let routable = self.members.values().filter(|member| member.routable(now));
-        Snapshot::several(routable.map(|member| {
+        let held = routable.map(|member| {
             let age = Duration::from_millis(member.advert.lease_ms.into()).saturating_sub(member.expires - now);
             Held { age_ms: u32::try_from(age.as_millis()).unwrap_or(u32::MAX), advert: member.advert.clone() }
-        }))
+        });
+        Snapshot::several([mine].into_iter().chain(held))
     }
 
     fn insert(&mut self, member: Member) {

@@ -30,7 +30,7 @@ fn a_thousand_nodes_come_and_go_and_requests_go_to_living_ones() {
     assert!(outcome.first_try_part() >= 0.999, "{} {outcome:?}", outcome.first_try_part());
     // Conversations stay where their prefixes are.
     assert!(outcome.turns[1] as f64 >= 0.95 * outcome.turns[0] as f64, "{outcome:?}");
-    // What it costs does not grow with the mesh: 20 heartbeats a second reach everybody, in a mesh of any size.
+    // 20 heartbeats a second reach everybody, and changes do.
     let (messages, bytes) = steady.rate(steady.all());
     assert!(messages < 300.0 && bytes < 150e3, "{messages} messages, {bytes} bytes a node and second");
 }
@@ -39,7 +39,7 @@ fn a_thousand_nodes_come_and_go_and_requests_go_to_living_ones() {
 fn everybody_soon_knows() {
     for nodes in [10, 100] {
         let found = convergence(nodes, 1);
-        assert!(found.join[1] < 2 * S && found.joiner < 5 * S, "{found:?}");
+        assert!(found.join[1] < 2 * S && found.joiner < S, "{found:?}");
         assert!(found.crash[1] < 3 * S && found.leave[1] < 2 * S, "{found:?}");
         assert!(found.partition[0] < 20 * S && found.partition[1] < 10 * S, "{found:?}");
     }

@@ -60,6 +60,7 @@ pub struct Peer {
     pub loads: Vec<Load>,
     pub incarnation: u64,
     pub sequence: u64,
+    pub latest: Option<Arc<Advert>>,
     pub gossip: State<NodeId, StdRng>,
     pub directory: Directory,
     pub affinity: Affinity,
@@ -115,6 +116,7 @@ impl Peer {
             models,
             incarnation: 1_700_000_000_000 + now.as_millis() as u64,
             sequence: 0,
+            latest: None,
             gossip: State::new(id, PeerData::default(), config, rng),
             directory: Directory::new(id, Bounds::default()),
             affinity: Affinity::new(4096),
@@ -137,7 +139,7 @@ impl Peer {
         self.sequence += 1;
         let members = self.directory.len() + 1;
         let offers = self.models.iter().zip(&self.loads).map(|(model, load)| Arc::new(offer(*model, *load)));
-        Advert {
+        let advert = Advert {
             version: VERSION,
             node: self.id,
             name: format!("machine-{}", self.id.short()),
@@ -146,7 +148,9 @@ impl Peer {
             lease_ms: cadence::lease(members).as_millis() as u32,
             leaving,
             offers: if leaving { Vec::new() } else { offers.collect() },
-        }
+        };
+        self.latest = Some(Arc::new(advert.clone()));
+        advert
     }
 
     /// Its next pulses: to whom, and when each is to expect another.

@@ -299,7 +299,8 @@ impl World {
                 }
             }
             What::WantSnapshot(from) => {
-                for snapshot in self.peers[node].directory.snapshot(self.now) {
+                let Some(mine) = self.peers[node].latest.clone() else { return };
+                for snapshot in self.peers[node].directory.snapshot(mine, self.now) {
                     self.traffic.snapshots.count(snapshot.encode().len());
                     if self.reaches(node, from) {
                         self.schedule(self.latency(node, from), from, What::Snapshot(Arc::new(snapshot)));
