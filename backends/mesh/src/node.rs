@@ -488,18 +488,22 @@ impl Node {
         }
     }
 
-    /// Nodes to be connected to now, at most `most` of them. Whoever asks has to say how it went.
+    /// Nodes to be connected to now, at most `most` of them, those first whose adverts were heard: anybody may announce
+    /// himself on a network, as often as he likes. Whoever asks has to say how it went.
     pub fn to_dial(&self, most: usize) -> Vec<EndpointId> {
         let now = self.now();
         let mut state = self.state();
-        let State { known, links, .. } = &mut *state;
-        let due =
-            known.iter_mut().filter(|(id, known)| !known.dialling && known.next <= now && !links.contains_key(*id));
-        let due = due.take(most).map(|(id, known)| {
-            known.dialling = true;
-            *id
-        });
-        due.collect()
+        let State { known, links, shown, .. } = &mut *state;
+        let due = known.iter().filter(|(id, known)| !known.dialling && known.next <= now && !links.contains_key(*id));
+        let mut due: Vec<_> = due.map(|(id, known)| (!shown.contains_key(id), known.next, *id)).collect();
+        due.sort_unstable();
+        let due: Vec<EndpointId> = due.into_iter().map(|(.., id)| id).take(most).collect();
+        for id in &due {
+            if let Some(known) = known.get_mut(id) {
+                known.dialling = true;
+            }
+        }
+        due
     }
 
     /// How an attempt went.

@@ -55,7 +55,7 @@ pub struct Finished {
     pub reasoning_tokens: u32,
     /// Tool calls that do not parse; they are part of the content.
     pub malformed_calls: u32,
-    /// The tokens that no earlier part reported. [`collect`] has all of them here.
+    /// The tokens that no earlier part reported. An answer that is put together has all of them here.
     pub tokens: Vec<TokenText>,
     /// The mean of the tokens' log-probabilities, where the engine reported them.
     pub logprob_mean: Option<f32>,
