@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 /// How long anything may take that should not take long, on a machine that does much else.
 pub const SOON: Duration = Duration::from_secs(30);
 /// How long a request to a machine may take that is gone. It says how long in the mesh a loss goes unnoticed, and a little more.
-pub const LEASE: Duration = Duration::from_secs(5);
+pub const LEASE: Duration = Duration::from_secs(6);
 
 /// The directory of goldens, or a reason to skip.
 pub fn golden(name: &str) -> Option<PathBuf> {
