@@ -266,12 +266,20 @@ fn hear(node: &Arc<Node>, bytes: &[u8]) {
 /// Tells everybody what is offered: when it changes, when somebody may not know it, and now and then.
 async fn advertise(node: Arc<Node>) {
     let mut began = Instant::now();
+    // Kept from one advert to the next: what changes while one is being said is not missed.
+    let mut changes = None;
     loop {
         let members = node.state().directory.len() + 1;
-        let local = node.local.get().map(|local| local.changes());
+        if changes.is_none() {
+            changes = node.local.get().map(|local| local.changes());
+        }
         let changed = async {
-            match local {
-                Some(mut changes) => drop(changes.changed().await),
+            match &mut changes {
+                Some(changes) => {
+                    if changes.changed().await.is_err() {
+                        std::future::pending().await
+                    }
+                }
                 None => std::future::pending().await,
             }
         };

@@ -59,7 +59,9 @@ fn three_machines_are_one_endpoint() {
     }
     // One of several, by name.
     let (_, list) = machines[0].get("/v1/models/common");
-    let nodes: Vec<_> = list["nodes"].as_array().unwrap().iter().map(|node| node["name"].as_str().unwrap()).collect();
+    let mut nodes: Vec<_> =
+        list["nodes"].as_array().unwrap().iter().map(|node| node["name"].as_str().unwrap()).collect();
+    nodes.sort_unstable();
     assert_eq!(nodes, ["three", "two"]);
     assert_eq!(machines[0].complete("common@two", "Once upon a time").as_ref(), Ok(&alone["common"]));
     assert_eq!(machines[0].complete("common@one", "x").unwrap_err(), (404, "model_not_found".into()));
