@@ -59,6 +59,21 @@ impl Group {
         (least as u32, most as u32, self.rows.len())
     }
 
+    /// Has the device compute the drawn tokens before anything that is submitted later.
+    pub fn submit(&self) -> Result<(), Exception> {
+        transforms::async_eval(self.drawn())
+    }
+
+    /// Submits the first quarter of a pass that was put together: what its first layers leave behind. Less would be over
+    /// before the rest comes, and what is submitted before a token is read delays those who wait for it.
+    pub fn submit_part(&self) -> Result<(), Exception> {
+        let held = self.cache.arrays().count();
+        match self.cache.arrays().nth(held / 4) {
+            Some(held) => transforms::async_eval([held]),
+            None => Ok(()),
+        }
+    }
+
     fn drawn(&self) -> impl Iterator<Item = &Array> {
         std::iter::once(&self.current).chain(self.likely.iter().flatten().map(Likely::array))
     }

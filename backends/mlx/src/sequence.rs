@@ -104,17 +104,21 @@ pub struct Question<'a> {
 impl Question<'_> {
     /// Where nothing but an end is left, it ends. Until then a sequence that is not to end, or not yet, does not.
     pub fn answer(self, vocab_size: u32) -> Answer {
-        let allowed = Mask::filled(vocab_size, |words| self.follower.allowed(words))
+        let mut allowed = Mask::filled(vocab_size, |words| self.follower.allowed(words))
             .map_err(|what| Ending::Failed(format!("the answer's grammar cannot be followed further: {what}")))?;
-        let goes_on = allowed.without(self.eos);
+        let ends = allowed.take(self.eos);
         if allowed.is_empty() {
             let what = "the answer's grammar leaves no token that the model has, and not the end either";
-            return Err(Ending::Failed(what.into()));
+            return Err(if ends.is_empty() {
+                Ending::Failed(what.into())
+            } else {
+                Ending::Finished(FinishReason::Stop)
+            });
         }
-        if goes_on.is_empty() {
-            return Err(Ending::Finished(FinishReason::Stop));
+        if self.may_end {
+            allowed.put(&ends);
         }
-        Ok(if self.may_end { allowed } else { goes_on })
+        Ok(allowed)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Writing: one token of everybody a step.
 
-use std::{collections::BTreeMap, panic::resume_unwind, thread};
+use std::collections::BTreeMap;
 
 use mesh_graph::Rows;
 use mlx_rs::{Array, error::Exception, transforms};
@@ -12,6 +12,7 @@ use crate::{
     sampler::{self, Drawn, Known, Mask},
     schedule::{self, Id},
     sequence::{After, Answer, Ending, Sequence},
+    threads,
     watchdog::Doing,
 };
 
@@ -169,15 +170,20 @@ impl Runner {
         }
     }
 
-    /// The same where the draw has to know the token before. That is read first, and what may follow it is worked out while
-    /// the next pass is submitted: submitting takes most of a step, and would have to wait for it otherwise.
+    /// The same where the draw has to know the token before. A part of the pass keeps the device at work while that is read;
+    /// what may follow it is worked out while the rest is submitted, which takes most of a step.
     fn step_by_sight(&mut self, mut group: Group) -> Option<Group> {
         let members = group.rows.clone();
         let shared = self.shared.clone();
         let passed = {
             let _gate = gate();
             let _doing = shared.doing(Doing::Write);
-            self.logits(&mut group).and_then(|logits| Ok((logits, group.read()?)))
+            // Or they would be waited for together with the part.
+            group.submit().and_then(|()| {
+                let logits = self.logits(&mut group)?;
+                group.submit_part()?;
+                Ok((logits, group.read()?))
+            })
         };
         let drawn = passed.and_then(|(logits, read)| {
             let mut ended = self.hand_over(&group, read);
@@ -214,20 +220,12 @@ impl Runner {
         }
     }
 
-    /// What the grammars of some sequences let them write next, worked out beside `work` on a thread of its own.
+    /// What the grammars of some sequences let them write next, worked out beside `work` on other threads.
     fn answers_during<T>(&mut self, ids: &[Id], work: impl FnOnce() -> T) -> (T, Vec<(Id, Answer)>) {
         let vocab_size = self.model.vocab_size();
         let sequences = self.sequences.iter_mut().filter(|(id, _)| ids.contains(id));
-        let questions: Vec<_> = sequences.filter_map(|(id, one)| Some((*id, one.question()?))).collect();
-        if questions.is_empty() {
-            return (work(), Vec::new());
-        }
-        let answer = move || questions.into_iter().map(|(id, question)| (id, question.answer(vocab_size))).collect();
-        thread::scope(|scope| {
-            let answers = scope.spawn(answer);
-            let done = work();
-            (done, answers.join().unwrap_or_else(|panic| resume_unwind(panic)))
-        })
+        let asked = sequences.filter_map(|(id, one)| Some((*id, one.question()?)));
+        threads::beside(asked.collect(), |(id, question)| (id, question.answer(vocab_size)), work)
     }
 
     /// The pass over everybody's last token, not yet evaluated.

@@ -30,15 +30,23 @@ impl Mask {
         Ok(Self { words, vocab_size })
     }
 
-    /// The same without some tokens.
-    pub fn without(&self, ids: &[u32]) -> Self {
-        let mut words = self.words.clone();
-        for id in ids.iter().map(|id| *id as usize) {
-            if let Some(word) = words.get_mut(id / BITS) {
-                *word &= !(1 << (id % BITS));
-            }
+    /// Takes tokens out; answers those that were in.
+    pub fn take(&mut self, ids: &[u32]) -> Vec<u32> {
+        let taken = ids.iter().copied().filter(|id| {
+            let bit = 1 << (*id as usize % BITS);
+            let Some(word) = self.words.get_mut(*id as usize / BITS) else { return false };
+            let was_in = *word & bit != 0;
+            *word &= !bit;
+            was_in
+        });
+        taken.collect()
+    }
+
+    /// Puts tokens of the vocabulary in.
+    pub fn put(&mut self, ids: &[u32]) {
+        for id in ids.iter().filter(|id| **id < self.vocab_size) {
+            self.words[*id as usize / BITS] |= 1 << (*id as usize % BITS);
         }
-        Self { words, ..*self }
     }
 
     /// Whether no token may come.

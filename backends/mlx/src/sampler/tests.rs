@@ -240,8 +240,14 @@ fn a_mask_ends_with_the_vocabulary() {
         words.fill(u32::MAX);
         Ok::<(), ()>(())
     };
-    let mask = Mask::filled(33, all).unwrap();
-    assert!(mask.without(&(0..33).collect::<Vec<_>>()).is_empty() && !mask.without(&[0, 31, 400]).is_empty());
+    let mut mask = Mask::filled(33, all).unwrap();
+    let whole = mask.clone();
+    assert_eq!(mask.take(&[0, 31, 0, 33, 400]), [0, 31]);
+    assert!(!mask.is_empty());
+    assert_eq!(mask.take(&(0..40).collect::<Vec<_>>()), (1..31).chain([32]).collect::<Vec<_>>());
+    assert!(mask.is_empty());
+    mask.put(&(0..400).collect::<Vec<_>>());
+    assert_eq!(mask, whole);
     assert!(Mask::filled(64, |_| Ok::<(), ()>(())).unwrap().is_empty());
     assert_eq!(Mask::filled(64, |_| Err("why")).err(), Some("why"));
 }
