@@ -18,7 +18,7 @@ use mesh_core::{
     answer::{Finish, Finished, Part},
     ask::{Ask, Chat, Subject},
     chat::Message,
-    node::{Elsewhere, Load, Local, ModelOffer, PartStream, Question, Reasoning, Rejection, RejectionKind, Reply},
+    node::{Elsewhere, Load, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
 };
 use tokio::{sync::watch, time::timeout};
 
@@ -66,35 +66,15 @@ impl Drop for Place {
 #[async_trait]
 impl Local for Fake {
     fn offers(&self) -> Vec<ModelOffer> {
-        let offer = |name: &String| ModelOffer {
-            name: name.clone(),
-            reference: None,
-            revision: None,
-            hash: None,
-            backend: "fake".into(),
-            format: None,
-            quantization: None,
-            parameters: None,
-            weight_bytes: None,
-            family: None,
-            dialect: None,
-            capabilities: Capabilities {
-                prompt: PromptForm::Tokens,
-                output: OutputForm::Tokens,
-                knobs: [Knob::Temperature].into(),
-                context_tokens_max: 4096,
-                requests_parallel_max: 4,
-                requests_queued_max: 16,
-                prefix_reuse: true,
-                embeddings: false,
-                vision: false,
-            },
-            chat: true,
-            tools: false,
-            reasoning: Reasoning::None,
-            since: 1,
-            load: Load { running: self.running.load(Ordering::SeqCst) as u32, ..Load::default() },
+        let capabilities = Capabilities {
+            knobs: [Knob::Temperature].into(),
+            requests_parallel_max: 4,
+            requests_queued_max: 16,
+            ..Capabilities::new(PromptForm::Tokens, OutputForm::Tokens, 4096)
         };
+        let load = Load { running: self.running.load(Ordering::SeqCst) as u32, ..Load::default() };
+        let offer =
+            |name: &String| ModelOffer { chat: true, load, ..ModelOffer::new(name, "fake", capabilities.clone()) };
         self.models.lock().unwrap().iter().map(offer).collect()
     }
 

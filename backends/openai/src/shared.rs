@@ -237,35 +237,26 @@ fn offer(facts: &Facts, requests_max: u32, since: u64) -> ModelOffer {
             _ => Reasoning::None,
         },
     };
+    let context_tokens_max = facts.context_tokens.unwrap_or(CONTEXT_UNTOLD);
+    let capabilities = Capabilities {
+        knobs: manners.knobs.clone(),
+        requests_parallel_max,
+        requests_queued_max: requests_max - requests_parallel_max,
+        // Documented of these, unless they are started otherwise.
+        prefix_reuse: matches!(manners.kind, Kind::LlamaServer | Kind::Ollama | Kind::MeshLlm),
+        embeddings: manners.embeddings,
+        ..Capabilities::new(PromptForm::Chat, OutputForm::Parts, context_tokens_max)
+    };
     ModelOffer {
-        name: name.clone(),
         reference: facts.reference.clone(),
-        revision: None,
-        hash: None,
-        backend: INFO.id.to_owned(),
-        format: None,
         quantization: facts.quantization.clone(),
         parameters: facts.parameters,
         weight_bytes: facts.weight_bytes,
-        family: None,
-        dialect: None,
-        capabilities: Capabilities {
-            prompt: PromptForm::Chat,
-            output: OutputForm::Parts,
-            knobs: manners.knobs.clone(),
-            context_tokens_max: facts.context_tokens.unwrap_or(CONTEXT_UNTOLD),
-            requests_parallel_max,
-            requests_queued_max: requests_max - requests_parallel_max,
-            // Documented of these, unless they are started otherwise.
-            prefix_reuse: matches!(manners.kind, Kind::LlamaServer | Kind::Ollama | Kind::MeshLlm),
-            embeddings: manners.embeddings,
-            vision: false,
-        },
         chat: manners.chat,
         tools: manners.tools && manners.chat,
         reasoning,
         since,
-        load: Default::default(),
+        ..ModelOffer::new(name, INFO.id, capabilities)
     }
 }
 
