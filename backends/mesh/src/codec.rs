@@ -4,6 +4,10 @@ use serde::{Serialize, de::DeserializeOwned};
 
 /// Containers within containers that are read.
 const DEPTH_MAX: usize = 96;
+/// Lists, maps, texts and the like in a message. A single byte of one can take 200 bytes of memory, where it is JSON.
+const VALUES_MAX: usize = 1 << 19;
+/// Numbers in a message: as many as fit into the vectors of an answer.
+const NUMBERS_MAX: usize = 1 << 23;
 
 /// Bytes that are not what they should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -13,6 +17,14 @@ pub enum CodecError {
     TooLarge {
         /// How many.
         bytes: usize,
+        /// How many may be.
+        max: usize,
+    },
+    /// They hold more than is kept in memory.
+    #[error("more than {max} {what}")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
         /// How many may be.
         max: usize,
     },
@@ -37,6 +49,12 @@ pub fn decode<T: DeserializeOwned>(mut bytes: &[u8], bytes_max: usize) -> Result
     if bytes.len() > bytes_max {
         return Err(CodecError::TooLarge { bytes: bytes.len(), max: bytes_max });
     }
+    let (values, numbers) = counted(bytes);
+    for (what, found, max) in [("values", values, VALUES_MAX), ("numbers", numbers, NUMBERS_MAX)] {
+        if found > max {
+            return Err(CodecError::TooMany { what, max });
+        }
+    }
     let malformed = |what: String| CodecError::Malformed { what };
     let value = ciborium::de::from_reader_with_recursion_limit(&mut bytes, DEPTH_MAX)
         .map_err(|error| malformed(error.to_string()))?;
@@ -44,6 +62,33 @@ pub fn decode<T: DeserializeOwned>(mut bytes: &[u8], bytes_max: usize) -> Result
         true => Ok(value),
         false => Err(malformed(format!("{} bytes too many", bytes.len()))),
     }
+}
+
+/// The values and the numbers in a message, before any of it takes memory. Of what is no CBOR it counts something, and the
+/// reader says so.
+fn counted(bytes: &[u8]) -> (usize, usize) {
+    let (mut values, mut numbers, mut at) = (0, 0, 0);
+    while let Some(head) = bytes.get(at) {
+        let (major, short) = (head >> 5, head & 0x1f);
+        let argument = match short {
+            24..=27 => 1 << (short - 24),
+            _ => 0,
+        };
+        at += 1;
+        let is_text = matches!(major, 2 | 3);
+        if is_text && short < 28 {
+            let long = bytes.get(at..at + argument).unwrap_or_default();
+            let long = long.iter().fold(0usize, |length, byte| length << 8 | usize::from(*byte));
+            let length = if argument > 0 { long } else { short.into() };
+            at = at.saturating_add(length);
+        }
+        at = at.saturating_add(argument);
+        match (major, short) {
+            (0 | 1, _) | (7, 25..=27) => numbers += 1,
+            _ => values += 1,
+        }
+    }
+    (values, numbers)
 }
 
 #[cfg(test)]
@@ -64,7 +109,34 @@ mod tests {
         assert!(decode::<Value>(&deep, 1 << 12).is_err());
     }
 
+    /// A list of so many of the same.
+    fn list(count: u32, of: &[u8]) -> Vec<u8> {
+        let head = [&[0x9a][..], &count.to_be_bytes()].concat();
+        [head, of.repeat(count as usize)].concat()
+    }
+
+    #[test]
+    fn what_takes_much_memory_for_little_is_counted_before_it_is_read() {
+        let nested = json!({ "text": "a text", "list": [[], {}, null, 1.5], "long": "x".repeat(300), "n": -7 });
+        assert_eq!(counted(&encode(&nested)), (11, 2));
+        let vectors = vec![vec![0.1f32; 10]; 3];
+        assert_eq!(counted(&encode(&vectors)), (4, 30));
+        let (max, bytes_max) = (VALUES_MAX as u32, 1 << 24);
+        for value in [&[0xf6][..], &[0x80], &[0xa0], &[0x60], &[0x81, 0x01], &[0xa1, 0x60, 0xf6]] {
+            let refused = decode::<Value>(&list(max, value), bytes_max);
+            assert_eq!(refused, Err(CodecError::TooMany { what: "values", max: VALUES_MAX }), "{value:x?}");
+        }
+        let refused = decode::<Vec<u8>>(&list(NUMBERS_MAX as u32 + 1, &[1]), bytes_max);
+        assert_eq!(refused, Err(CodecError::TooMany { what: "numbers", max: NUMBERS_MAX }));
+        assert_eq!(decode::<Vec<u8>>(&list(1 << 20, &[1]), bytes_max).map(|all| all.len()), Ok(1 << 20));
+    }
+
     proptest! {
+        #[test]
+        fn nothing_that_is_read_escapes_the_count(values in proptest::collection::vec("[a-zé]{0,300}", 0..20)) {
+            prop_assert_eq!(counted(&encode(&values)), (values.len() + 1, 0));
+        }
+
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             decode::<Value>(&bytes, 1 << 10).ok();
