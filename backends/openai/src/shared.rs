@@ -80,6 +80,12 @@ impl Shared {
     /// a tokio runtime.
     pub async fn start(options: ShareOptions) -> Result<Arc<Self>, ShareError> {
         let name = options::name(&options.name)?;
+        let address = options::address(&options.url)?;
+        if let Some(own) = &options.own
+            && own.is_at(&address).await
+        {
+            return Err(ShareError::Itself { url: options::shown(&options.url) });
+        }
         let requests_max = options.requests_max.max(1);
         let link = Arc::new(Link {
             upstream: Upstream::new(&options)?,
@@ -114,7 +120,7 @@ impl Drop for Shared {
 }
 
 async fn keep_looking(inner: Arc<Inner>, options: ShareOptions) {
-    let mut looker = Looker::new(options.look_max);
+    let mut looker = Looker::new(options.look_max, options.own.map(|own| own.instance));
     let mut backoff = BACKOFF_MIN.min(options.backoff_max);
     loop {
         let begun = Instant::now();
