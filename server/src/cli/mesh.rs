@@ -214,3 +214,22 @@ pub fn failure(error: &(impl std::fmt::Display + Hint)) -> Failure {
         None => failure,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_does_not_share_itself() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listening = listener.local_addr().unwrap();
+        let args = MeshArgs { share: vec![format!("http://localhost:{}/v1", listening.port())], ..MeshArgs::default() };
+        let table = ShareTable { url: format!("http://{listening}"), name: Some("box".into()), key_file: None };
+        for (args, tables) in [(args, vec![]), (MeshArgs::default(), vec![table])] {
+            let failure = shared(&args, &tables, listening).await.err().unwrap();
+            assert!(failure.message.contains("cannot share itself"), "{}", failure.message);
+            assert_eq!(failure.exit, Exit::Mesh);
+            assert!(failure.hint.is_some());
+        }
+    }
+}
