@@ -34,6 +34,7 @@ impl Local for Paced {
         let capabilities = Capabilities {
             requests_parallel_max: 8,
             requests_queued_max: 8,
+            prefix_reuse: true,
             ..Capabilities::new(PromptForm::Tokens, OutputForm::Tokens, 8192)
         };
         vec![ModelOffer { chat: true, ..ModelOffer::new("paced", "paced", capabilities) }]

@@ -70,6 +70,7 @@ impl Local for Fake {
             knobs: [Knob::Temperature].into(),
             requests_parallel_max: 4,
             requests_queued_max: 16,
+            prefix_reuse: true,
             ..Capabilities::new(PromptForm::Tokens, OutputForm::Tokens, 4096)
         };
         let load = Load { running: self.running.load(Ordering::SeqCst) as u32, ..Load::default() };
