@@ -49,13 +49,13 @@ pub fn decode<T: DeserializeOwned>(mut bytes: &[u8], bytes_max: usize) -> Result
     if bytes.len() > bytes_max {
         return Err(CodecError::TooLarge { bytes: bytes.len(), max: bytes_max });
     }
-    let (values, numbers) = counted(bytes);
+    let malformed = |what: String| CodecError::Malformed { what };
+    let (values, numbers) = counted(bytes).ok_or_else(|| malformed("it is cut off".into()))?;
     for (what, found, max) in [("values", values, VALUES_MAX), ("numbers", numbers, NUMBERS_MAX)] {
         if found > max {
             return Err(CodecError::TooMany { what, max });
         }
     }
-    let malformed = |what: String| CodecError::Malformed { what };
     let value = ciborium::de::from_reader_with_recursion_limit(&mut bytes, DEPTH_MAX)
         .map_err(|error| malformed(error.to_string()))?;
     match bytes.is_empty() {
@@ -64,31 +64,35 @@ pub fn decode<T: DeserializeOwned>(mut bytes: &[u8], bytes_max: usize) -> Result
     }
 }
 
-/// The values and the numbers in a message, before any of it takes memory. Of what is no CBOR it counts something, and the
-/// reader says so.
-fn counted(bytes: &[u8]) -> (usize, usize) {
-    let (mut values, mut numbers, mut at) = (0, 0, 0);
-    while let Some(head) = bytes.get(at) {
+/// The values and the numbers in a message, before any of it takes memory; `None` if something in it claims to be longer than
+/// what is left, for which a reader would make room. Of what is no CBOR it counts something, and the reader says so.
+fn counted(bytes: &[u8]) -> Option<(usize, usize)> {
+    let (mut values, mut numbers, mut rest) = (0, 0, bytes);
+    while let Some((head, after)) = rest.split_first() {
         let (major, short) = (head >> 5, head & 0x1f);
-        let argument = match short {
-            24..=27 => 1 << (short - 24),
-            _ => 0,
+        let bytes = if let 24..=27 = short { 1 << (short - 24) } else { 0 };
+        let (argument, after) = after.split_at_checked(bytes)?;
+        let argument = match bytes {
+            0 => short.into(),
+            _ => argument.iter().fold(0u64, |number, byte| number << 8 | u64::from(*byte)),
         };
-        at += 1;
-        let is_text = matches!(major, 2 | 3);
-        if is_text && short < 28 {
-            let long = bytes.get(at..at + argument).unwrap_or_default();
-            let long = long.iter().fold(0usize, |length, byte| length << 8 | usize::from(*byte));
-            let length = if argument > 0 { long } else { short.into() };
-            at = at.saturating_add(length);
+        rest = after;
+        // The length of others is not said.
+        if short < 28 {
+            let length = usize::try_from(argument).ok();
+            match major {
+                2 | 3 => rest = rest.get(length?..)?,
+                4 if length? > rest.len() => return None,
+                5 if length? > rest.len() / 2 => return None,
+                _ => {}
+            }
         }
-        at = at.saturating_add(argument);
         match (major, short) {
             (0 | 1, _) | (7, 25..=27) => numbers += 1,
             _ => values += 1,
         }
     }
-    (values, numbers)
+    Some((values, numbers))
 }
 
 #[cfg(test)]
@@ -118,13 +122,18 @@ mod tests {
     #[test]
     fn what_takes_much_memory_for_little_is_counted_before_it_is_read() {
         let nested = json!({ "text": "a text", "list": [[], {}, null, 1.5], "long": "x".repeat(300), "n": -7 });
-        assert_eq!(counted(&encode(&nested)), (11, 2));
+        assert_eq!(counted(&encode(&nested)), Some((11, 2)));
         let vectors = vec![vec![0.1f32; 10]; 3];
-        assert_eq!(counted(&encode(&vectors)), (4, 30));
+        assert_eq!(counted(&encode(&vectors)), Some((4, 30)));
         let (max, bytes_max) = (VALUES_MAX as u32, 1 << 24);
         for value in [&[0xf6][..], &[0x80], &[0xa0], &[0x60], &[0x81, 0x01], &[0xa1, 0x60, 0xf6]] {
             let refused = decode::<Value>(&list(max, value), bytes_max);
             assert_eq!(refused, Err(CodecError::TooMany { what: "values", max: VALUES_MAX }), "{value:x?}");
+        }
+        // What claims to be long is no longer than what is there.
+        for claim in [&[0x99, 0x80, 0x01, 0][..], &[0xb9, 0x80, 0x01, 0], &[0x79, 0x80, 0x01, 0], &[0x9b, 255, 255]] {
+            assert_eq!(counted(claim), None, "{claim:x?}");
+            assert!(matches!(decode::<Vec<u32>>(claim, bytes_max), Err(CodecError::Malformed { .. })));
         }
         let refused = decode::<Vec<u8>>(&list(NUMBERS_MAX as u32 + 1, &[1]), bytes_max);
         assert_eq!(refused, Err(CodecError::TooMany { what: "numbers", max: NUMBERS_MAX }));
@@ -134,7 +143,13 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_that_is_read_escapes_the_count(values in proptest::collection::vec("[a-zé]{0,300}", 0..20)) {
-            prop_assert_eq!(counted(&encode(&values)), (values.len() + 1, 0));
+            let bytes = encode(&values);
+            prop_assert_eq!(counted(&bytes), Some((values.len() + 1, 0)));
+            // Nothing is missing but whole values.
+            for cut in 0..bytes.len() {
+                let read = decode::<Vec<String>>(&bytes[..cut], 1 << 20);
+                prop_assert!(read.is_err());
+            }
         }
 
         #[test]

@@ -67,14 +67,19 @@ async fn ask_of(
         Err(rejection) => return say(send, &Said::Rejected(rejection)).await,
     };
     say(send, &Said::Admitted).await?;
-    let mut whole = false;
     while let Some(part) = parts.next().await {
-        whole |= match part {
-            Ok(part) => say(send, &Said::Part(part)).await?,
-            Err(error) => return say(send, &Said::Broke(error)).await,
+        let said = match part {
+            Ok(part) => Said::Part(part),
+            Err(error) => Said::Broke(error),
         };
+        let last = matches!(said, Said::Part(Part::Finished(_)) | Said::Broke(_));
+        let whole = say(send, &said).await?;
+        // Who has heard the end listens no longer.
+        if last {
+            return Ok(whole);
+        }
     }
-    Ok(whole)
+    Ok(false)
 }
 
 /// Says something; whether that makes an answer whole.

@@ -216,6 +216,10 @@ async fn two_machines_serve_for_one_another() {
     assert_eq!(engine.reply(Question::Detokenize { ids: vec![7] }).await, Ok(Reply::Text("b[7]".into())));
     let refused = engine.answer(Ask { logprobs: Some(1), ..ask("x") }).await.err().unwrap();
     assert_eq!((refused.code.as_str(), refused.param.as_deref()), ("unsupported_parameter", Some("logprobs")));
+    // What was turned down does not count as answered.
+    answer(&first, "beta", ask("x")).await.unwrap();
+    eventually("counted", || second.status()["nodes"][0]["served"] == 3).await;
+    assert_eq!(first.status()["nodes"][0]["sent"], 4);
     let status = first.status().to_string();
     assert!(status.contains("two") && !status.contains("127.0.0.1"), "{status}");
 
