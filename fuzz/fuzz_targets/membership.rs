@@ -41,7 +41,7 @@ fuzz_target!(|content: &[u8]| {
     if let Some(card) = message::<Card>(content, CARD_BYTES_MAX) {
         card.adverts.iter().for_each(heard);
         Judge::new(MESH.public()).admit(NODE.public(), &card.certificate).ok();
-        card.revocations.map_or((), revoked);
+        card.revocations.into_iter().for_each(revoked);
     }
     message::<Proof>(content, STRANGER_BYTES_MAX);
     message::<Join>(content, STRANGER_BYTES_MAX);
