@@ -2,8 +2,8 @@
 
 use std::{fs, path::PathBuf, sync::OnceLock};
 
-use mesh_core::{ModelProfile, ProgressSink};
 use mesh_backend_mesh::codec;
+use mesh_core::{ModelProfile, ProgressSink};
 use mesh_models::{Store, StoreOptions, Want, probe};
 use peak_alloc::PeakAlloc;
 use serde::{Serialize, de::DeserializeOwned};
