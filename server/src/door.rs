@@ -23,7 +23,7 @@ use tracing::{Instrument, Span, field::Empty};
 use uuid::Uuid;
 use warp::{
     Reply,
-    http::{HeaderMap, HeaderValue, Method, StatusCode, Version},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header::VIA},
     reply::Response as Answer,
 };
 
@@ -75,7 +75,7 @@ impl Door {
         if let Some(trace) = &trace {
             span.record("trace_id", &*trace.trace_id).record("span_id", &*trace.span_id);
         }
-        let record = Record::new(self.body_bytes_max, self.log_prompts);
+        let record = Record::new(self.body_bytes_max, self.log_prompts, passed_on(request.headers()));
         let decision = guard::decide(&request, &self.policy);
         let mut exchange =
             Exchange::new(self.clone(), &request, peer, decision.key.clone(), record.clone(), span.clone(), busy);
@@ -129,6 +129,13 @@ fn named(headers: &HeaderMap) -> HeaderValue {
         let id = format!("req_{}", Uuid::new_v4().simple());
         HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("req_unnamed"))
     })
+}
+
+/// Whether a server like this one has passed the request on, as `via` names everybody who did.
+fn passed_on(headers: &HeaderMap) -> bool {
+    let all = headers.get_all(VIA).iter().filter_map(|value| value.to_str().ok());
+    let hops = all.flat_map(|value| value.split(','));
+    hops.into_iter().any(|hop| hop.split_whitespace().nth(1) == Some(env!("CARGO_PKG_NAME")))
 }
 
 /// A refusal in the words of the API that the path belongs to.
@@ -338,7 +345,23 @@ impl Drop for Watched {
 
 #[cfg(test)]
 mod tests {
+    use warp::http::HeaderName;
+
     use super::*;
+
+    #[test]
+    fn what_was_passed_on_is_known_by_who_did() {
+        let of = |values: &[&str]| {
+            let name: HeaderName = VIA;
+            passed_on(&values.iter().map(|value| (name.clone(), value.parse().unwrap())).collect())
+        };
+        for values in [&["1.1 mesh-llm"][..], &["1.0 proxy, 1.1 mesh-llm (box)"], &["1.1 proxy", "HTTP/2 mesh-llm"]] {
+            assert!(of(values), "{values:?}");
+        }
+        for values in [&[][..], &["1.1 nginx"], &["mesh-llm"], &["1.1 mesh-llm.example"], &["1.1 a (mesh-llm)", ","]] {
+            assert!(!of(values), "{values:?}");
+        }
+    }
 
     #[test]
     fn traces_are_taken_over_if_they_are_well_formed() {

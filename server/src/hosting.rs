@@ -1,12 +1,13 @@
 //! What this server does for other nodes: it answers with what is ready here, and passes nothing on.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use async_trait::async_trait;
 use mesh_core::{
     ask::Ask,
     node::{Elsewhere, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
 };
+use mesh_models::reference::Reference;
 use tokio::sync::watch;
 
 use crate::{
@@ -39,17 +40,17 @@ impl Hosting {
         Arc::new(Self { slots, shared, changes })
     }
 
-    /// The model, if it is ready at this moment.
-    fn ready(&self, model: &str) -> Option<Lease> {
-        match self.slots.get(model).ok()?.state() {
-            SlotState::Ready(model) => Lease::of(&model),
+    /// The model that is offered under that name, if it is ready at this moment.
+    fn ready(&self, name: &str) -> Option<(&Slot, Lease)> {
+        self.slots.iter().find_map(|slot| match slot.state() {
+            SlotState::Ready(model) if offered(slot, &model) == name => Some((slot, Lease::of(&model)?)),
             _ => None,
-        }
+        })
     }
 
-    async fn answer_here(&self, lease: Lease, model: &str, ask: Ask) -> Result<PartStream, PipelineError> {
+    async fn answer_here(&self, slot: &Slot, lease: Lease, ask: Ask) -> Result<PartStream, PipelineError> {
         let stream = pipeline::open(lease, ask.clone()).await?;
-        Ok(Box::pin(stream.in_line(InLine::new(self.slots.clone(), model, ask))))
+        Ok(Box::pin(stream.in_line(InLine::new(self.slots.clone(), slot.name(), ask))))
     }
 }
 
@@ -81,8 +82,8 @@ impl Local for Hosting {
 
     async fn answer(&self, model: &str, ask: Ask) -> Result<PartStream, Rejection> {
         let refused = |error: PipelineError| Rejection::from(ApiError::from(error));
-        if let Some(lease) = self.ready(model) {
-            return self.answer_here(lease, model, ask).await.map_err(refused);
+        if let Some((slot, lease)) = self.ready(model) {
+            return self.answer_here(slot, lease, ask).await.map_err(refused);
         }
         match self.shared.iter().find_map(|source| source.engine(model)) {
             Some((engine, _)) => engine.answer(ask).await,
@@ -91,7 +92,7 @@ impl Local for Hosting {
     }
 
     async fn reply(&self, model: &str, question: Question) -> Result<Reply, Rejection> {
-        if let Some(lease) = self.ready(model) {
+        if let Some((_, lease)) = self.ready(model) {
             return reply(&lease, question).await.map_err(|error| ApiError::from(error).into());
         }
         match self.shared.iter().find_map(|source| source.engine(model)) {
@@ -126,13 +127,32 @@ fn gone(model: &str) -> Rejection {
     Rejection::new(RejectionKind::NotFound, "model_not_found", format!("`{model}` is not ready there any more"))
 }
 
+/// Where a ready model is from, as others are told.
+fn reference(slot: &Slot, model: &ServedModel) -> Option<String> {
+    let profile = &model.profile;
+    // A directory that was deleted since is a directory still.
+    let here = |path: &Path| {
+        path.exists() || profile.root.ends_with(path) || profile.weights.iter().any(|file| file.ends_with(path))
+    };
+    Reference::parse(slot.reference(), here).ok()?.public()
+}
+
+/// What a ready model is called elsewhere: what it is called here, unless that is a path.
+fn offered(slot: &Slot, model: &ServedModel) -> String {
+    let name = slot.name();
+    if name != slot.reference() {
+        return name;
+    }
+    reference(slot, model).unwrap_or_else(|| model.profile.name.clone())
+}
+
 /// What a ready model is offered as.
 fn offer(slot: &Slot, model: &ServedModel) -> ModelOffer {
     let (profile, tally): (_, &Tally) = (&model.profile, slot.tally());
     let weights = profile.weights.first();
     ModelOffer {
-        name: slot.name(),
-        reference: Some(slot.reference().to_owned()).filter(|reference| !std::path::Path::new(reference).is_absolute()),
+        name: offered(slot, model),
+        reference: reference(slot, model),
         revision: mesh_models::revision_of(&profile.root),
         hash: weights.and_then(|weights| mesh_models::hash_of(weights)),
         backend: model.handle.backend.id.to_owned(),

@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -45,6 +45,13 @@ pub const HEADER_BYTES_MAX: usize = 64 << 10;
 
 /// The header with the request's name.
 pub const REQUEST_ID: &str = "x-request-id";
+
+/// What this program calls itself in `/version`, other than all others and each time it is started: a server that is
+/// told to ask another one notices so that it would ask itself.
+pub fn instance() -> &'static str {
+    static INSTANCE: LazyLock<String> = LazyLock::new(|| uuid::Uuid::new_v4().simple().to_string());
+    &INSTANCE
+}
 
 /// How a server deals with its clients.
 #[derive(Clone, Debug)]

@@ -25,6 +25,8 @@ pub(crate) struct Record {
     pub began: Instant,
     /// Longest body that is read.
     pub body_bytes_max: u64,
+    /// Whether another server has passed it on, which the next one is not to do.
+    pub passed_on: bool,
     /// Whether the log may show what was asked and answered.
     content: bool,
     noted: Mutex<Noted>,
@@ -50,8 +52,8 @@ pub(crate) struct Noted {
 }
 
 impl Record {
-    pub fn new(body_bytes_max: u64, content: bool) -> Arc<Self> {
-        Arc::new(Self { began: Instant::now(), body_bytes_max, content, noted: Mutex::default() })
+    pub fn new(body_bytes_max: u64, content: bool, passed_on: bool) -> Arc<Self> {
+        Arc::new(Self { began: Instant::now(), body_bytes_max, passed_on, content, noted: Mutex::default() })
     }
 
     /// The record of the request that is being served.
@@ -104,6 +106,11 @@ pub(crate) fn body_bytes_max() -> u64 {
     CURRENT.try_with(|record| record.body_bytes_max).unwrap_or(BODY_BYTES_MAX)
 }
 
+/// Whether the request that is being served was passed on by another server.
+pub(crate) fn passed_on() -> bool {
+    CURRENT.try_with(|record| record.passed_on).unwrap_or(false)
+}
+
 /// Appends as much as there is room for, and says where something is missing.
 fn append(to: &mut String, text: &str) {
     let room = LOGGED_BYTES_MAX.saturating_sub(to.len());
@@ -122,25 +129,25 @@ mod tests {
     #[tokio::test]
     async fn a_record_is_found_by_whoever_serves_its_request() {
         assert!(Record::current().is_none());
-        assert_eq!(body_bytes_max(), BODY_BYTES_MAX);
-        let record = Record::new(7, false);
-        let max = record.clone().scope(async {
+        assert_eq!((body_bytes_max(), passed_on()), (BODY_BYTES_MAX, false));
+        let record = Record::new(7, false, true);
+        let found = record.clone().scope(async {
             tokio::task::yield_now().await;
             Record::current().unwrap().note(|noted| noted.answers += 1);
-            body_bytes_max()
+            (body_bytes_max(), passed_on())
         });
-        assert_eq!((max.await, record.taken().answers), (7, 1));
+        assert_eq!((found.await, record.taken().answers), ((7, true), 1));
     }
 
     #[test]
     fn content_is_kept_where_it_is_asked_for_and_within_bounds() {
-        let silent = Record::new(7, false);
+        let silent = Record::new(7, false, false);
         silent.asked(b"secret");
         silent.answered("secret");
         let noted = silent.taken();
         assert_eq!((noted.input, noted.output), (None, None));
 
-        let telling = Record::new(7, true);
+        let telling = Record::new(7, true, false);
         telling.asked("ä".repeat(LOGGED_BYTES_MAX).as_bytes());
         for _ in 0..LOGGED_BYTES_MAX {
             telling.answered("xyz");

@@ -2,10 +2,10 @@
 
 use std::{
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
+use conformance::shared::golden;
 use serde_json::{Value, json};
 
 /// A home of its own for a process, so that nobody's configuration or models play a part.
@@ -35,18 +35,6 @@ impl Home {
         let stderr = String::from_utf8_lossy(&output.stderr).replace(&*self.0.path().to_string_lossy(), "HOME");
         format!("$ mesh-llm {}\n{stderr}exit code {:?}\n", args.join(" "), output.status.code().unwrap())
     }
-}
-
-/// The directory of goldens, or a reason to skip.
-fn golden(name: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let dir = root.parent().unwrap().join("shared").join("golden").join(name);
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    assert!(std::env::var_os("CI").is_none(), "the goldens have to be there in CI");
-    println!("skipped: no golden {name}");
-    None
 }
 
 #[test]

@@ -4,10 +4,11 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
+use conformance::shared::golden;
 use safetensors::{Dtype, View};
 use serde_json::{Value, json};
 
@@ -162,18 +163,6 @@ fn median(values: &[u64]) -> u64 {
     let mut values = values.to_vec();
     values.sort_unstable();
     values[values.len() / 2]
-}
-
-/// The directory of goldens, or a reason to skip.
-fn golden(name: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let dir = root.parent().unwrap().join("shared").join("golden").join(name);
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    assert!(std::env::var_os("CI").is_none(), "the goldens have to be there in CI");
-    println!("skipped: no golden {name}");
-    None
 }
 
 #[tokio::test]

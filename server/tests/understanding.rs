@@ -2,10 +2,11 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
 };
 
+use conformance::shared::golden;
 use serde_json::{Value, json};
 
 /// A home of its own for a process.
@@ -49,27 +50,14 @@ impl Home {
     }
 }
 
-/// A file of the goldens, or a reason to skip.
-fn golden(test: &str, name: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let path = root.parent().unwrap().join("shared/golden").join(name);
-    if path.exists() {
-        return Some(path);
-    }
-    assert!(std::env::var_os("CI").is_none(), "{} is missing", path.display());
-    println!("skipped: {test} (no golden {name})");
-    None
-}
-
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 #[test]
 fn a_model_is_shown_with_sources_memory_and_who_would_serve_it() {
-    let test = "a_model_is_shown_with_sources_memory_and_who_would_serve_it";
     let home = Home::new();
-    let Some(directory) = golden(test, "qwen3_moe-q4") else { return };
+    let Some(directory) = golden("qwen3_moe-q4") else { return };
     let said = home.said(&["models", "show", text(&directory), "--ctx", "1000"]);
     for part in [
         "`num_experts_per_tok` in config.json",
@@ -101,7 +89,7 @@ fn a_model_is_shown_with_sources_memory_and_who_would_serve_it() {
     assert_eq!((&able("chat")["there"], &able("vision")["there"]), (&json!(true), &json!(false)));
     assert!(whole["stored"]["value"].as_array().unwrap().iter().any(|row| row["part"] == "experts"));
 
-    let Some(file) = golden(test, "llama/model.gguf") else { return };
+    let Some(file) = golden("llama/model.gguf") else { return };
     let whole = home.json(&["models", "show", text(&file), "--json", "--ctx", "100"]);
     let kv = whole["kept"]["value"]["token_values"].as_u64().unwrap();
     assert_eq!(whole["memory"][0]["backend"], "llama-server");
@@ -111,7 +99,7 @@ fn a_model_is_shown_with_sources_memory_and_who_would_serve_it() {
 
 #[test]
 fn a_gguf_is_imported_and_what_came_of_it_is_said() {
-    let Some(file) = golden("a_gguf_is_imported_and_what_came_of_it_is_said", "llama/model.gguf") else { return };
+    let Some(file) = golden("llama/model.gguf") else { return };
     let home = Home::new();
     let out = home.at("made/llama");
     let said = home.said(&["models", "import", text(&file), &out]);
@@ -128,8 +116,7 @@ fn a_gguf_is_imported_and_what_came_of_it_is_said() {
 
 #[test]
 fn a_checkpoint_is_converted_and_the_error_is_said() {
-    let test = "a_checkpoint_is_converted_and_the_error_is_said";
-    let Some(directory) = golden(test, "qwen3_moe") else { return };
+    let Some(directory) = golden("qwen3_moe") else { return };
     let home = Home::new();
     let out = home.at("made/q6");
     let args = ["models", "convert", text(&directory), &out, "--bits", "6", "--group-size", "32"];

@@ -6,6 +6,7 @@ use std::{
     process::{Command, Output},
 };
 
+use conformance::shared::golden;
 use serde_json::Value;
 
 /// A cache of its own, and llama-server where its own tests install it.
@@ -33,22 +34,16 @@ impl House {
 }
 
 /// The GGUF of a golden, or a reason to skip.
-fn golden(test: &str, name: &str) -> Option<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let file = root.parent().unwrap().join("shared/golden").join(name).join("model.gguf");
-    if file.is_file() {
-        return Some(file.to_string_lossy().into_owned());
-    }
-    assert!(std::env::var_os("CI").is_none(), "{} is missing", file.display());
-    println!("skipped: {test} (no golden {name})");
-    None
+fn gguf(name: &str) -> Option<String> {
+    let file = golden(&format!("{name}/model.gguf"))?;
+    Some(file.to_string_lossy().into_owned())
 }
 
 #[test]
 fn both_backends_choose_the_same_tokens_of_a_gguf() {
     let house = House::new();
     for name in ["llama", "llama_untied", "qwen2", "qwen3"] {
-        let Some(file) = golden("both_backends_choose_the_same_tokens_of_a_gguf", name) else { return };
+        let Some(file) = gguf(name) else { return };
         let output = house.verify(&[&file, "--device", "cpu", "--json"]);
         assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
         let whole: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -77,7 +72,7 @@ fn damage(imported: &Path) {
 
 #[test]
 fn weights_that_differ_are_noticed() {
-    let Some(file) = golden("weights_that_differ_are_noticed", "qwen3") else { return };
+    let Some(file) = gguf("qwen3") else { return };
     let house = House::new();
     let whole = house.verify(&[&file, "--device", "cpu"]);
     let text = String::from_utf8(whole.stdout).unwrap();

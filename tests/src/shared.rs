@@ -17,3 +17,14 @@ pub fn shared(test: &str, path: &str) -> Option<PathBuf> {
     eprintln!("skipped: {test} needs {}", wanted.display());
     None
 }
+
+/// A golden checkpoint, or a file of one, by its name; `None`, said with the name of the test that asks, where it is not there.
+///
+/// # Panics
+/// Like [`shared`].
+pub fn golden(name: &str) -> Option<PathBuf> {
+    // Tests run in threads that are called like them.
+    let thread = std::thread::current();
+    let found = shared(thread.name().unwrap_or("a test"), &format!("golden/{name}"))?;
+    Some(found.canonicalize().unwrap_or(found))
+}

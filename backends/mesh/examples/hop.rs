@@ -15,7 +15,7 @@ use mesh_core::{
     Capabilities, Delta, FinishReason, OutputForm, PromptForm, Usage,
     answer::{Finish, Finished, Part},
     ask::{Ask, Subject},
-    node::{Elsewhere, Load, Local, ModelOffer, PartStream, Question, Reasoning, Rejection, Reply},
+    node::{Elsewhere, Local, ModelOffer, PartStream, Question, Rejection, Reply},
 };
 use tokio::sync::watch;
 
@@ -32,35 +32,12 @@ struct Paced {
 impl Local for Paced {
     fn offers(&self) -> Vec<ModelOffer> {
         let capabilities = Capabilities {
-            prompt: PromptForm::Tokens,
-            output: OutputForm::Tokens,
-            knobs: Default::default(),
-            context_tokens_max: 8192,
             requests_parallel_max: 8,
             requests_queued_max: 8,
             prefix_reuse: true,
-            embeddings: false,
-            vision: false,
+            ..Capabilities::new(PromptForm::Tokens, OutputForm::Tokens, 8192)
         };
-        vec![ModelOffer {
-            name: "paced".into(),
-            reference: None,
-            revision: None,
-            hash: None,
-            backend: "paced".into(),
-            format: None,
-            quantization: None,
-            parameters: None,
-            weight_bytes: None,
-            family: None,
-            dialect: None,
-            capabilities,
-            chat: true,
-            tools: false,
-            reasoning: Reasoning::None,
-            since: 0,
-            load: Load::default(),
-        }]
+        vec![ModelOffer { chat: true, ..ModelOffer::new("paced", "paced", capabilities) }]
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

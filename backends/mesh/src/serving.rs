@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use iroh::endpoint::{RecvStream, SendStream};
-use mesh_core::node::{Local, Rejection, RejectionKind};
+use mesh_core::{
+    answer::Part,
+    node::{Local, Rejection, RejectionKind},
+};
 
 use crate::{
     link::Link,
@@ -15,14 +18,18 @@ use crate::{
 /// Answers one request. An asker who leaves stops its answer.
 pub async fn serve(node: Arc<Node>, link: Link, send: SendStream, recv: RecvStream) {
     let (asker, _use) = (link.connection.remote_id(), link.used());
-    if let Err(error) = answer(&node, send, recv).await {
-        tracing::debug!(node = %asker.fmt_short(), %error, "a request was not answered to its end");
+    match answer(&node, send, recv).await {
+        Ok(true) => node.counts.add(asker, |count| count.served += 1),
+        Ok(false) => {}
+        Err(error) => tracing::debug!(node = %asker.fmt_short(), %error, "a request was not answered to its end"),
     }
-    node.counts.add(asker, |count| count.served += 1);
 }
 
-async fn answer(node: &Arc<Node>, mut send: SendStream, mut recv: RecvStream) -> Result<(), WireError> {
-    let Some(call) = wire::read::<Call>(&mut recv, CALL_BYTES_MAX, Some(&node.budget)).await? else { return Ok(()) };
+/// Whether the request was answered, whole.
+async fn answer(node: &Arc<Node>, mut send: SendStream, mut recv: RecvStream) -> Result<bool, WireError> {
+    let Some(call) = wire::read::<Call>(&mut recv, CALL_BYTES_MAX, Some(&node.budget)).await? else {
+        return Ok(false);
+    };
     let Some(local) = node.local.get().cloned() else {
         return say(&mut send, &Said::Rejected(nothing_here())).await;
     };
@@ -39,14 +46,14 @@ async fn answer(node: &Arc<Node>, mut send: SendStream, mut recv: RecvStream) ->
             }
         }
     };
-    tokio::select! {
+    let answered = tokio::select! {
         done = work => done?,
         // Dropping the work is what cancels it.
         _ = stopped => return Err(WireError::Ended("nobody listens any more".into())),
         () = node.over.cancelled() => return Err(WireError::Ended("this node goes".into())),
-    }
+    };
     send.finish().ok();
-    Ok(())
+    Ok(answered)
 }
 
 async fn ask_of(
@@ -54,23 +61,31 @@ async fn ask_of(
     model: &str,
     ask: mesh_core::ask::Ask,
     send: &mut SendStream,
-) -> Result<(), WireError> {
+) -> Result<bool, WireError> {
     let mut parts = match local.answer(model, ask).await {
         Ok(parts) => parts,
         Err(rejection) => return say(send, &Said::Rejected(rejection)).await,
     };
     say(send, &Said::Admitted).await?;
     while let Some(part) = parts.next().await {
-        match part {
-            Ok(part) => say(send, &Said::Part(part)).await?,
-            Err(error) => return say(send, &Said::Broke(error)).await,
+        let said = match part {
+            Ok(part) => Said::Part(part),
+            Err(error) => Said::Broke(error),
+        };
+        let last = matches!(said, Said::Part(Part::Finished(_)) | Said::Broke(_));
+        let whole = say(send, &said).await?;
+        // Who has heard the end listens no longer.
+        if last {
+            return Ok(whole);
         }
     }
-    Ok(())
+    Ok(false)
 }
 
-async fn say(send: &mut SendStream, said: &Said) -> Result<(), WireError> {
-    wire::write(send, said).await
+/// Says something; whether that makes an answer whole.
+async fn say(send: &mut SendStream, said: &Said) -> Result<bool, WireError> {
+    wire::write(send, said).await?;
+    Ok(matches!(said, Said::Part(Part::Finished(_)) | Said::Reply(_)))
 }
 
 /// For requests that come before there is anything, or after.

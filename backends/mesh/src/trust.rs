@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::codec;
 
 /// Largest thing that is signed, in bytes.
-const SIGNED_BYTES_MAX: usize = 1 << 20;
+pub const SIGNED_BYTES_MAX: usize = 1 << 20;
 /// Most nodes that a mesh revokes.
 pub const REVOKED_MAX: usize = 1 << 14;
 

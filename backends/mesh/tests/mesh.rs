@@ -18,7 +18,7 @@ use mesh_core::{
     answer::{Finish, Finished, Part},
     ask::{Ask, Chat, Subject},
     chat::Message,
-    node::{Elsewhere, Load, Local, ModelOffer, PartStream, Question, Reasoning, Rejection, RejectionKind, Reply},
+    node::{Elsewhere, Load, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
 };
 use tokio::{sync::watch, time::timeout};
 
@@ -66,35 +66,16 @@ impl Drop for Place {
 #[async_trait]
 impl Local for Fake {
     fn offers(&self) -> Vec<ModelOffer> {
-        let offer = |name: &String| ModelOffer {
-            name: name.clone(),
-            reference: None,
-            revision: None,
-            hash: None,
-            backend: "fake".into(),
-            format: None,
-            quantization: None,
-            parameters: None,
-            weight_bytes: None,
-            family: None,
-            dialect: None,
-            capabilities: Capabilities {
-                prompt: PromptForm::Tokens,
-                output: OutputForm::Tokens,
-                knobs: [Knob::Temperature].into(),
-                context_tokens_max: 4096,
-                requests_parallel_max: 4,
-                requests_queued_max: 16,
-                prefix_reuse: true,
-                embeddings: false,
-                vision: false,
-            },
-            chat: true,
-            tools: false,
-            reasoning: Reasoning::None,
-            since: 1,
-            load: Load { running: self.running.load(Ordering::SeqCst) as u32, ..Load::default() },
+        let capabilities = Capabilities {
+            knobs: [Knob::Temperature].into(),
+            requests_parallel_max: 4,
+            requests_queued_max: 16,
+            prefix_reuse: true,
+            ..Capabilities::new(PromptForm::Tokens, OutputForm::Tokens, 4096)
         };
+        let load = Load { running: self.running.load(Ordering::SeqCst) as u32, ..Load::default() };
+        let offer =
+            |name: &String| ModelOffer { chat: true, load, ..ModelOffer::new(name, "fake", capabilities.clone()) };
         self.models.lock().unwrap().iter().map(offer).collect()
     }
 
@@ -235,6 +216,10 @@ async fn two_machines_serve_for_one_another() {
     assert_eq!(engine.reply(Question::Detokenize { ids: vec![7] }).await, Ok(Reply::Text("b[7]".into())));
     let refused = engine.answer(Ask { logprobs: Some(1), ..ask("x") }).await.err().unwrap();
     assert_eq!((refused.code.as_str(), refused.param.as_deref()), ("unsupported_parameter", Some("logprobs")));
+    // What was turned down does not count as answered.
+    answer(&first, "beta", ask("x")).await.unwrap();
+    eventually("counted", || second.status()["nodes"][0]["served"] == 3).await;
+    assert_eq!(first.status()["nodes"][0]["sent"], 4);
     let status = first.status().to_string();
     assert!(status.contains("two") && !status.contains("127.0.0.1"), "{status}");
 

@@ -17,7 +17,7 @@ use eventsource_stream::{EventStreamError, Eventsource};
 use futures::{Stream, StreamExt, TryStreamExt};
 use reqwest::{
     RequestBuilder, Response,
-    header::{ACCEPT, HeaderValue, RETRY_AFTER},
+    header::{ACCEPT, HeaderValue, RETRY_AFTER, VIA},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::timeout;
@@ -38,6 +38,9 @@ const REFUSAL_BYTES_MAX: usize = 64 << 10;
 pub(crate) const EVENT_BYTES_MAX: usize = 1 << 20;
 /// Largest answer in events, in bytes.
 pub(crate) const ANSWER_BYTES_MAX: usize = 256 << 20;
+
+/// By which another mesh-llm knows a request that it is to answer itself: passed on again, it could come back.
+const PASSED_ON: &str = "1.1 mesh-llm";
 
 /// What some servers write in front of text.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
@@ -122,6 +125,7 @@ impl Upstream {
     }
 
     async fn send(&self, request: RequestBuilder) -> Result<Response, Trouble> {
+        let request = request.header(VIA, PASSED_ON);
         let request = match &self.key {
             Some(key) => request.header(reqwest::header::AUTHORIZATION, key.clone()),
             None => request,

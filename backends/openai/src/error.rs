@@ -47,6 +47,9 @@ pub(crate) enum Trouble {
     /// The answer ended before its end.
     #[error("it ended the answer before it was complete")]
     CutOff,
+    /// It is the server that asks.
+    #[error("its address leads to this very server, which cannot share itself")]
+    Itself,
     /// Nothing came for too long.
     #[error("it was silent for {} ms", .0.as_millis())]
     Silent(Duration),
@@ -58,7 +61,7 @@ impl Trouble {
         match self {
             Self::Unreachable(_) | Self::Broke(_) | Self::CutOff | Self::Silent(_) | Self::Malformed(_) => true,
             Self::Refused { status, .. } => *status == 404 || *status >= 500,
-            Self::Reported(_) | Self::TooLarge(_) => false,
+            Self::Reported(_) | Self::TooLarge(_) | Self::Itself => false,
         }
     }
 }
@@ -131,6 +134,7 @@ pub(crate) fn rejection(trouble: &Trouble, veil: &Veil) -> Rejection {
         Trouble::Reported(what) => failed(format!("the shared server failed: {}", veil.over(what))),
         Trouble::Broke(_) | Trouble::CutOff => failed("the shared server broke off before it answered"),
         Trouble::Malformed(_) => failed("the shared server answered with something that is not understood here"),
+        Trouble::Itself => failed("the shared server is this very server, which cannot share itself"),
         Trouble::TooLarge(bytes) => failed(format!("the shared server answered with more than {bytes} bytes at once")),
     }
 }
@@ -179,7 +183,7 @@ pub(crate) fn broken(trouble: &Trouble, veil: &Veil) -> EngineError {
         Trouble::Silent(_) => "the shared server broke off: it fell silent".into(),
         Trouble::Malformed(_) => "the shared server broke off: it sent something that is not understood here".into(),
         Trouble::TooLarge(bytes) => format!("the shared server broke off: it sent more than {bytes} bytes").into(),
-        Trouble::Unreachable(_) | Trouble::Broke(_) | Trouble::CutOff | Trouble::Refused { .. } => {
+        Trouble::Unreachable(_) | Trouble::Broke(_) | Trouble::CutOff | Trouble::Itself | Trouble::Refused { .. } => {
             "the shared server broke off before the answer was complete".into()
         }
     };

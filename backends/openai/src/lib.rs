@@ -29,5 +29,5 @@ mod wire;
 mod tests;
 
 pub use kind::Kind;
-pub use options::{ShareError, ShareOptions};
+pub use options::{Own, ShareError, ShareOptions};
 pub use shared::{INFO, Shared};

@@ -71,6 +71,8 @@ pub(crate) struct Facts {
 /// Looks, and remembers what need not be asked anew.
 pub(crate) struct Looker {
     within: Duration,
+    /// What the server that looks is called by itself.
+    own: Option<String>,
     known: Option<Known>,
 }
 
@@ -111,8 +113,8 @@ struct Shown {
 }
 
 impl Looker {
-    pub fn new(within: Duration) -> Self {
-        Self { within, known: None }
+    pub fn new(within: Duration, own: Option<String>) -> Self {
+        Self { within, own, known: None }
     }
 
     /// Forgets what the server was: another may be in its place.
@@ -170,7 +172,12 @@ impl Looker {
         let owner = owner(entries);
         if let Some(kind @ (Kind::Vllm | Kind::MeshLlm)) = owner {
             let told = self.told(upstream, "/version").await?;
+            self.not_itself(&told)?;
             return Ok((kind, version(&told)));
+        }
+        if entries.is_empty() {
+            // As a server does that has no model of its own, and lists what it has from elsewhere.
+            self.not_itself(&self.told(upstream, "/version").await?)?;
         }
         let props = self.told(upstream, "/props").await?;
         if owner == Some(Kind::LlamaServer) || props.get("default_generation_settings").is_some() {
@@ -187,6 +194,15 @@ impl Looker {
             return Ok((Kind::LmStudio, None));
         }
         Ok((Kind::Other, None))
+    }
+
+    /// The address may be another one than the server listens on, and lead to it.
+    fn not_itself(&self, version: &Value) -> Result<(), Trouble> {
+        let instance = version.get("instance").and_then(Value::as_str);
+        match &self.own {
+            Some(own) if instance == Some(own) => Err(Trouble::Itself),
+            _ => Ok(()),
+        }
     }
 
     async fn details(&self, upstream: &Upstream, kind: Kind, ids: BTreeSet<String>) -> Result<Details, Trouble> {

@@ -1,6 +1,10 @@
 //! What is shared and how: the options, and the address in its normal form.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    time::Duration,
+};
 
 use mesh_core::Hint;
 use reqwest::Url;
@@ -29,6 +33,43 @@ pub struct ShareOptions {
     pub idle_max: Duration,
     /// Requests that it is sent at the same time, over all models.
     pub requests_max: u32,
+    /// The server that shares: it is not to share itself.
+    pub own: Option<Own>,
+}
+
+/// How a server knows itself when it meets itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What its `/version` calls it, by which it is known at other addresses.
+    pub instance: String,
+}
+
+/// Longest wait for a host's addresses.
+const RESOLVE_MAX: Duration = Duration::from_secs(2);
+
+impl Own {
+    /// Whether `address` can be nothing but this server. That it cannot be told counts as no.
+    pub(crate) async fn is_at(&self, address: &Address) -> bool {
+        let host = tokio::net::lookup_host(address.authority.as_str());
+        match tokio::time::timeout(RESOLVE_MAX, host).await {
+            Ok(Ok(mut found)) => found.any(|found| self.listens_at(found)),
+            _ => false,
+        }
+    }
+
+    fn listens_at(&self, found: SocketAddr) -> bool {
+        let (own, ip) = (self.address.ip(), found.ip());
+        // What listens on all addresses of one kind need not listen on those of the other.
+        let among = own.is_unspecified() && own.is_ipv4() == ip.is_ipv4() && is_here(ip);
+        found.port() == self.address.port() && (own == ip || among)
+    }
+}
+
+/// Whether the address is one of this machine's: no other can be bound.
+fn is_here(ip: IpAddr) -> bool {
+    UdpSocket::bind((ip, 0)).is_ok()
 }
 
 impl ShareOptions {
@@ -44,6 +85,7 @@ impl ShareOptions {
             first_byte_max: Duration::from_secs(15 * 60),
             idle_max: Duration::from_secs(5 * 60),
             requests_max: 256,
+            own: None,
         }
     }
 }
@@ -66,6 +108,12 @@ pub enum ShareError {
         /// What is wrong with it.
         what: String,
     },
+    /// It is where the server listens that is to share it.
+    #[error("`{url}` is the address of this very server, which cannot share itself")]
+    Itself {
+        /// As it was given.
+        url: String,
+    },
     /// The key cannot be sent.
     #[error("the key of the shared server has characters that no header can hold")]
     Key,
@@ -87,6 +135,9 @@ impl Hint for ShareError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Url { .. } => Some("give it as http://HOST:PORT or https://HOST, with or without /v1".into()),
+            Self::Itself { .. } => {
+                Some("leave it out: its own models are offered anyway; or name the other server's port".into())
+            }
             Self::Key => Some("give the key as the server's owner wrote it, without line breaks".into()),
             Self::Name { .. } => {
                 Some(format!("choose a name of 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`"))
@@ -134,7 +185,7 @@ pub(crate) fn address(url: &str) -> Result<Address, ShareError> {
 }
 
 /// An address as an error shows it: what may be a password is left out.
-fn shown(url: &str) -> String {
+pub(crate) fn shown(url: &str) -> String {
     let mut shown: String = url.chars().take(200).collect();
     if let Some((before, after)) = shown.rsplit_once('@') {
         let scheme = before.split_once("://").map(|(scheme, _)| format!("{scheme}://")).unwrap_or_default();
@@ -186,6 +237,24 @@ mod tests {
         assert!(!error.contains("secret"), "{error}");
         let error = address("ftp://me:secret@example.com").unwrap_err().to_string();
         assert!(!error.contains("secret"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_server_knows_its_own_addresses() {
+        let own = |address: &str| Own { address: address.parse().unwrap(), instance: "a".into() };
+        for (listens, url, itself) in [
+            ("127.0.0.1:8080", "http://127.0.0.1:8080/v1", true),
+            ("127.0.0.1:8080", "http://localhost:8080", true),
+            ("127.0.0.1:80", "http://127.0.0.1", true),
+            ("0.0.0.0:8080", "http://127.0.0.1:8080", true),
+            ("0.0.0.0:8080", "http://127.0.0.2:8080", true),
+            ("127.0.0.1:8080", "http://127.0.0.2:8080", false),
+            ("127.0.0.1:8080", "http://127.0.0.1:8081", false),
+            ("0.0.0.0:8080", "http://192.0.2.1:8080", false),
+            ("0.0.0.0:8080", "http://[::1]:8080", false),
+        ] {
+            assert_eq!(own(listens).is_at(&address(url).unwrap()).await, itself, "{listens} and {url}");
+        }
     }
 
     #[test]

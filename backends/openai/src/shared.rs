@@ -80,6 +80,12 @@ impl Shared {
     /// a tokio runtime.
     pub async fn start(options: ShareOptions) -> Result<Arc<Self>, ShareError> {
         let name = options::name(&options.name)?;
+        let address = options::address(&options.url)?;
+        if let Some(own) = &options.own
+            && own.is_at(&address).await
+        {
+            return Err(ShareError::Itself { url: options::shown(&options.url) });
+        }
         let requests_max = options.requests_max.max(1);
         let link = Arc::new(Link {
             upstream: Upstream::new(&options)?,
@@ -114,7 +120,7 @@ impl Drop for Shared {
 }
 
 async fn keep_looking(inner: Arc<Inner>, options: ShareOptions) {
-    let mut looker = Looker::new(options.look_max);
+    let mut looker = Looker::new(options.look_max, options.own.map(|own| own.instance));
     let mut backoff = BACKOFF_MIN.min(options.backoff_max);
     loop {
         let begun = Instant::now();
@@ -237,35 +243,26 @@ fn offer(facts: &Facts, requests_max: u32, since: u64) -> ModelOffer {
             _ => Reasoning::None,
         },
     };
+    let context_tokens_max = facts.context_tokens.unwrap_or(CONTEXT_UNTOLD);
+    let capabilities = Capabilities {
+        knobs: manners.knobs.clone(),
+        requests_parallel_max,
+        requests_queued_max: requests_max - requests_parallel_max,
+        // Documented of these, unless they are started otherwise.
+        prefix_reuse: matches!(manners.kind, Kind::LlamaServer | Kind::Ollama | Kind::MeshLlm),
+        embeddings: manners.embeddings,
+        ..Capabilities::new(PromptForm::Chat, OutputForm::Parts, context_tokens_max)
+    };
     ModelOffer {
-        name: name.clone(),
         reference: facts.reference.clone(),
-        revision: None,
-        hash: None,
-        backend: INFO.id.to_owned(),
-        format: None,
         quantization: facts.quantization.clone(),
         parameters: facts.parameters,
         weight_bytes: facts.weight_bytes,
-        family: None,
-        dialect: None,
-        capabilities: Capabilities {
-            prompt: PromptForm::Chat,
-            output: OutputForm::Parts,
-            knobs: manners.knobs.clone(),
-            context_tokens_max: facts.context_tokens.unwrap_or(CONTEXT_UNTOLD),
-            requests_parallel_max,
-            requests_queued_max: requests_max - requests_parallel_max,
-            // Documented of these, unless they are started otherwise.
-            prefix_reuse: matches!(manners.kind, Kind::LlamaServer | Kind::Ollama | Kind::MeshLlm),
-            embeddings: manners.embeddings,
-            vision: false,
-        },
         chat: manners.chat,
         tools: manners.tools && manners.chat,
         reasoning,
         since,
-        load: Default::default(),
+        ..ModelOffer::new(name, INFO.id, capabilities)
     }
 }
 

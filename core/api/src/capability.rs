@@ -172,6 +172,21 @@ fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeSet<Knob>, D
 }
 
 impl Capabilities {
+    /// An engine that does nothing beyond the least: one request after the other, none in line, no parameters.
+    pub fn new(prompt: PromptForm, output: OutputForm, context_tokens_max: u32) -> Self {
+        Self {
+            prompt,
+            output,
+            knobs: BTreeSet::new(),
+            context_tokens_max,
+            requests_parallel_max: 1,
+            requests_queued_max: 0,
+            prefix_reuse: false,
+            embeddings: false,
+            vision: false,
+        }
+    }
+
     /// The parameters that `job` sets and this engine would not honour, in order.
     pub fn lacking(&self, job: &Job) -> Vec<Knob> {
         job.knobs().into_iter().filter(|knob| !self.knobs.contains(knob)).collect()

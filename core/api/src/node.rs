@@ -195,6 +195,31 @@ pub struct ModelOffer {
     pub load: Load,
 }
 
+impl ModelOffer {
+    /// A model of which no more is known than what may be asked of it, and that takes texts only.
+    pub fn new(name: impl Into<String>, backend: impl Into<String>, capabilities: Capabilities) -> Self {
+        Self {
+            name: name.into(),
+            reference: None,
+            revision: None,
+            hash: None,
+            backend: backend.into(),
+            format: None,
+            quantization: None,
+            parameters: None,
+            weight_bytes: None,
+            family: None,
+            dialect: None,
+            capabilities,
+            chat: false,
+            tools: false,
+            reasoning: Reasoning::None,
+            since: 0,
+            load: Load::default(),
+        }
+    }
+}
+
 /// How reasoning is switched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -7,7 +7,10 @@
 //! | `org/repo[/file][@revision][:QUANT]` | a hub repository; `QUANT` picks among GGUF files |
 //! | the address of a repository's page or file | the same |
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
@@ -30,6 +33,19 @@ pub struct HubRef {
     pub revision: Option<String>,
     /// Quantization that picks among GGUF files, such as `Q4_K_M`.
     pub quant: Option<String>,
+}
+
+/// As it is spelled.
+impl fmt::Display for HubRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.repo)?;
+        for (mark, part) in [('/', &self.file), ('@', &self.revision), (':', &self.quant)] {
+            if let Some(part) = part {
+                write!(f, "{mark}{part}")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What a model reference means.
@@ -76,6 +92,20 @@ impl Reference {
         match hub_shorthand(reference) {
             Ok(hub) => Ok(Self::Hub(hub)),
             Err(what) => refuse(&what),
+        }
+    }
+
+    /// The reference as other machines are told: they have the hub and the catalog in common with this one, and none of its
+    /// directories. Of a path that is its last part, if it has one.
+    pub fn public(&self) -> Option<String> {
+        match self {
+            Self::Path(path) => {
+                let path = path.to_string_lossy();
+                let last = path.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next();
+                last.filter(|last| !matches!(*last, "" | "." | ".." | "~") && !last.ends_with(':')).map(str::to_owned)
+            }
+            Self::Name(name) => Some(name.clone()),
+            Self::Hub(hub) => Some(hub.to_string()),
         }
     }
 }
@@ -296,6 +326,28 @@ mod tests {
         assert_eq!(parse("~/m/x.gguf").unwrap(), Reference::Path(home.join("m/x.gguf")));
     }
 
+    #[test]
+    fn others_are_told_of_the_hub_and_not_of_directories() {
+        let public = |spelled: &str| parse(spelled).unwrap().public();
+        for (spelled, told) in [
+            ("/home/ann/models/qwen.gguf", "qwen.gguf"),
+            ("../ann/qwen", "qwen"),
+            ("~/secret/qwen/", "qwen"),
+            ("secret/qwen.gguf", "qwen.gguf"),
+            (r"C:\Users\ann\qwen.gguf", "qwen.gguf"),
+            ("Qwen3-4B-MLX", "Qwen3-4B-MLX"),
+            ("org/repo:Q4_K_M", "org/repo:Q4_K_M"),
+            ("https://huggingface.co/org/repo/blob/main/a/x.gguf", "org/repo/a/x.gguf@main"),
+        ] {
+            assert_eq!(public(spelled).as_deref(), Some(told), "{spelled}");
+        }
+        for nameless in [".", "..", "../..", "/", r"C:\"] {
+            assert_eq!(public(nameless), None, "{nameless}");
+        }
+        // A directory that is there is one, whatever else its name could mean.
+        assert_eq!(Reference::parse("secret/qwen", |_| true).unwrap().public().as_deref(), Some("qwen"));
+    }
+
     proptest! {
         #[test]
         fn parts_come_back(
@@ -307,18 +359,10 @@ mod tests {
         ) {
             prop_assume!(!name.contains(".."));
             let quant = if file.is_some() { None } else { quant };
-            let mut spelled = format!("{org}/{name}");
-            for (mark, part) in [("/", &file), ("@", &revision), (":", &quant)] {
-                if let Some(part) = part {
-                    spelled.push_str(mark);
-                    spelled.push_str(part);
-                }
-            }
+            let meant = HubRef { repo: format!("{org}/{name}"), file, revision, quant };
+            let spelled = meant.to_string();
             prop_assume!(!only_a_path(&spelled));
-            prop_assert_eq!(
-                parse(&spelled).unwrap(),
-                hub(&format!("{org}/{name}"), file.as_deref(), revision.as_deref(), quant.as_deref())
-            );
+            prop_assert_eq!(parse(&spelled).unwrap(), Reference::Hub(meant));
         }
 
         #[test]

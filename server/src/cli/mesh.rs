@@ -9,9 +9,9 @@ use std::{
 
 use clap::Args;
 use mesh_backend_mesh::{Home, Mesh, Options, PORT, Policy, RelayUrl, Ticket};
-use mesh_backend_openai::{ShareOptions, Shared};
+use mesh_backend_openai::{Own, ShareOptions, Shared};
 use mesh_core::{Hint, node::Elsewhere};
-use mesh_llm::{hosting::Hosting, slots::Slots};
+use mesh_llm::{hosting::Hosting, listen, slots::Slots};
 use serde::Deserialize;
 
 use super::{
@@ -130,8 +130,12 @@ pub async fn mesh(args: &MeshArgs, table: &MeshTable) -> Result<Option<Arc<Mesh>
     Mesh::start(options, args.join.as_ref()).await.map(Some).map_err(|error| failure(&error))
 }
 
-/// The servers beside this one, those of the command line first.
-pub async fn shared(args: &MeshArgs, tables: &[ShareTable]) -> Result<Vec<Arc<dyn Elsewhere>>, Failure> {
+/// The servers beside this one, which listens there; those of the command line first.
+pub async fn shared(
+    args: &MeshArgs,
+    tables: &[ShareTable],
+    listening: SocketAddr,
+) -> Result<Vec<Arc<dyn Elsewhere>>, Failure> {
     let named = args.share.iter().map(|url| ShareTable { url: url.clone(), name: None, key_file: None });
     let mut shared: Vec<Arc<dyn Elsewhere>> = Vec::new();
     for ShareTable { url, name, key_file } in named.chain(tables.iter().cloned()) {
@@ -143,7 +147,8 @@ pub async fn shared(args: &MeshArgs, tables: &[ShareTable]) -> Result<Vec<Arc<dy
             Some(file) => Some(key_of(&file)?),
             None => std::env::var(SHARE_KEY).ok().filter(|key| !key.is_empty()),
         };
-        let started = Shared::start(ShareOptions { key, ..ShareOptions::new(url, name) }).await;
+        let own = Some(Own { address: listening, instance: listen::instance().to_owned() });
+        let started = Shared::start(ShareOptions { key, own, ..ShareOptions::new(url, name) }).await;
         shared.push(started.map_err(|error| failure(&error))?);
     }
     Ok(shared)
@@ -207,5 +212,24 @@ pub fn failure(error: &(impl std::fmt::Display + Hint)) -> Failure {
     match error.hint() {
         Some(hint) => failure.hint(hint),
         None => failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_does_not_share_itself() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listening = listener.local_addr().unwrap();
+        let args = MeshArgs { share: vec![format!("http://localhost:{}/v1", listening.port())], ..MeshArgs::default() };
+        let table = ShareTable { url: format!("http://{listening}"), name: Some("box".into()), key_file: None };
+        for (args, tables) in [(args, vec![]), (MeshArgs::default(), vec![table])] {
+            let failure = shared(&args, &tables, listening).await.err().unwrap();
+            assert!(failure.message.contains("cannot share itself"), "{}", failure.message);
+            assert_eq!(failure.exit, Exit::Mesh);
+            assert!(failure.hint.is_some());
+        }
     }
 }

@@ -44,6 +44,13 @@ export async function others(key) {
   return (await response.json()).sources;
 }
 
+// Why a request for a model would go where it goes now.
+export async function route(model, key) {
+  const response = await fetch(`v1/mesh/routes/${encodeURIComponent(model)}`, { headers: headers(key), cache: 'no-store' });
+  if (!response.ok) throw await refusal(response);
+  return response.json();
+}
+
 // Streams one answer. `on` has `comment(text)` and `chunk(object)`. Resolves when the answer is whole.
 export async function stream(request, key, signal, on) {
   const response = await fetch('v1/chat/completions', {

@@ -1,15 +1,19 @@
-// Other machines: who is there, what they serve, and what went to whom.
+// Other machines: who is there, what they serve, what went to whom, and where the next request would go.
 
-import { others } from './client.js';
+import { others, route } from './client.js';
+import { chosen } from './models.js';
 
 const section = document.getElementById('machines');
 const note = document.getElementById('machines-note');
 const list = document.getElementById('machines-list');
+const next = document.getElementById('machines-route');
 
 // How often they are looked at while the panel is seen.
 const LOOK_MS = 2000;
 
 let timer = null;
+// Counts how often the panel was opened or closed: who looked for an earlier one looks no further.
+let turn = 0;
 
 const line = (text, quiet) => {
   const line = document.createElement('span');
@@ -39,19 +43,29 @@ function draw(sources) {
   if (mesh && mesh.nodes.length === 0) list.append(line('No other machine is there.', true));
 }
 
-async function look(key) {
+// Of the chosen model. The machines come with what is expected of each, the best one first.
+async function drawRoute(key) {
+  const model = chosen();
+  const { elsewhere, why, machines } = model ? await route(model, key) : { machines: [] };
+  const place = elsewhere ? 'on another machine' : 'here';
+  next.textContent = model ? [`The next request for ${model} is answered ${place}: ${why}.`, ...machines].join('\n') : '';
+}
+
+async function look(key, mine) {
   try {
-    draw(await others(key()));
+    const sources = await others(key());
+    draw(sources);
+    if (sources.length > 0) await drawRoute(key());
   } catch {
     // That the server does not answer, or wants a key, is said where models are.
     section.hidden = true;
   }
-  if (timer !== null) timer = setTimeout(() => look(key), LOOK_MS);
+  if (mine === turn) timer = setTimeout(() => look(key, mine), LOOK_MS);
 }
 
 // Looks at them as long as the panel is seen.
 export function watch(open, key) {
   clearTimeout(timer);
-  timer = open ? 0 : null;
-  if (open) look(key);
+  turn += 1;
+  if (open) look(key, turn);
 }

@@ -4,7 +4,10 @@ use serde_json::{Map, Value, json};
 use warp::{Reply, http::StatusCode};
 
 use super::route::Route;
-use crate::slots::{SlotState, Slots};
+use crate::{
+    listen,
+    slots::{SlotState, Slots},
+};
 
 pub(super) fn routes() -> Vec<Route> {
     vec![
@@ -21,7 +24,8 @@ pub(super) fn routes() -> Vec<Route> {
             .says("What the models are up to.")
             .gives::<Map<String, Value>>(),
         Route::get("/version", |_, _| async {
-            let version = json!({ "name": "mesh-llm", "version": env!("CARGO_PKG_VERSION") });
+            let version = env!("CARGO_PKG_VERSION");
+            let version = json!({ "name": "mesh-llm", "version": version, "instance": listen::instance() });
             Ok(warp::reply::json(&version).into_response())
         })
         .says("Which server this is.")

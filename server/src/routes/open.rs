@@ -8,6 +8,7 @@ use crate::{
     error::ApiError,
     lease::Lease,
     pipeline::{self, AnswerStream, Ask, InLine, PipelineError},
+    record,
     slots::{Found, SlotError, Slots},
 };
 
@@ -42,7 +43,9 @@ pub(super) async fn on_model<T, F>(
 where
     F: Future<Output = Result<T, PipelineError>>,
 {
-    let slot = match slots.find(model)? {
+    // What another server has passed on is answered here: it could come back otherwise, and again.
+    let found = if record::passed_on() { slots.get(model).map(Found::Here) } else { slots.find(model) };
+    let slot = match found? {
         Found::Here(slot) => slot,
         Found::There(model) => {
             let (name, lease) = (model.profile.name.clone(), Lease::of(&model).ok_or(SlotError::Stopped)?);

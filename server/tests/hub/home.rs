@@ -7,24 +7,14 @@ use std::{
     process::{Child, Command, Output, Stdio},
 };
 
+pub use conformance::shared::golden;
+
 use conformance::hub::Hub;
 use serde_json::{Value, json};
 
 pub struct Home {
     root: tempfile::TempDir,
     pub hub: Hub,
-}
-
-/// The directory of goldens, or a reason to skip.
-pub fn golden(name: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let directory = root.parent().unwrap().join("shared/golden").join(name);
-    if directory.is_dir() {
-        return Some(directory);
-    }
-    assert!(std::env::var_os("CI").is_none(), "the goldens have to be there in CI");
-    println!("skipped: no golden {name}");
-    None
 }
 
 /// What a golden has besides a published checkpoint's files.

@@ -4,13 +4,20 @@ mod browser;
 #[allow(dead_code, reason = "the server's own tests use the rest")]
 #[path = "../server/fake.rs"]
 mod fake;
+#[allow(dead_code, reason = "the same")]
+#[path = "../server/fake_mesh.rs"]
+mod fake_mesh;
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use fake::{Fake, Form, Server, Step, eventually};
-use mesh_core::{FinishReason, Prompt, Sampling};
+use fake_mesh::{FakeMesh, Peer};
+use mesh_core::{FinishReason, Prompt, Sampling, node::Elsewhere};
 use mesh_dialects as _;
-use mesh_llm::slots::{Keeping, Slots};
+use mesh_llm::{
+    defaults::Manner,
+    slots::{Keeping, RemoteModels, SlotPlan, Slots},
+};
 
 use browser::{Tab, chromium};
 
@@ -281,5 +288,72 @@ async fn a_hostile_answer_is_text() {
     for shown in ["<img src=x", "<script>document", "<b onclick=\"x()\">bold</b>", "<style>body", "<i> done"] {
         assert!(text.contains(shown), "{shown} in {text}");
     }
+    tab.close(&server.url).await;
+}
+
+/// A name that tries to be more than one.
+const HOSTILE_NAME: &str = "<img src=x onerror=\"document.title='taken'\"><b>two</b>";
+
+/// A machine with a model of that name.
+async fn peer(model: &str) -> Peer {
+    let fake = Fake::new(Form::Text, vec![Step::Text("from there"), STOP]);
+    let plan = SlotPlan { name: Some(model.to_owned()), ..fake.starter("peer", Form::Text).into() };
+    Peer::with(fake, vec![plan], Vec::new()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_are_shown_with_their_models_as_they_come_and_go() {
+    let Some(chromium) = chromium() else { return };
+    let (one, two) = (peer("big").await, peer("<i>small</i>").await);
+    let mesh = FakeMesh::new(&[("one", &one), (HOSTILE_NAME, &two)]);
+    let fake = Fake::new(Form::Text, vec![Step::Text("from here"), STOP]);
+    let remote = RemoteModels::new(vec![mesh.clone() as Arc<dyn Elsewhere>], Manner::default());
+    let slots = Slots::spawn_beside(vec![fake.starter("own", Form::Text).into()], Keeping::default(), remote);
+    let server = Server::serve(fake, slots).await;
+    let tab = Tab::open(&chromium, &server.url).await;
+    let looked = || tab.requests().iter().any(|(url, _)| url.ends_with("/v1/mesh"));
+    assert!(!looked(), "nobody looks as long as the panel is not seen");
+    tab.click("#settings-toggle").await;
+    tab.shows("#machines-note", "Mesh lab; this one is here.").await;
+    let rows = "[...document.querySelectorAll('#machines-list li')].map((row) => [...row.children].map((line) => line.innerText))";
+    let hostile = vec![HOSTILE_NAME.to_owned(), "<i>small</i>".into(), "1.5 ms away · 0 sent there".into()];
+    let row = |way: &str| vec!["one".to_owned(), "big".into(), way.into()];
+    assert_eq!(tab.js::<Vec<Vec<String>>>(rows).await, [hostile.clone(), row("1.5 ms away · 0 sent there")]);
+    tab.shows("#machines-route", "The next request for own is answered here").await;
+    tab.run("document.querySelector('#machines').scrollIntoView()").await;
+    tab.picture("machines").await;
+
+    // What is asked of another machine is seen there.
+    let pick = async |model: &str| {
+        tab.run(&format!("document.querySelector('#model').value = {model:?}")).await;
+        tab.run("document.querySelector('#model').dispatchEvent(new Event('change'))").await;
+    };
+    pick("big").await;
+    tab.shows("#machines-route", "The next request for big is answered on another machine: ready there.\none").await;
+    tab.say("Hello").await;
+    tab.answer_is("done").await;
+    assert_eq!(tab.text(".answer").await, "from there");
+    mesh.count("one", |count| (count.failed, count.served) = (2, 3));
+    tab.shows("#machines-list li", "1 sent there · 2 failed · 3 answered for it").await;
+
+    // What is asked for has to be there: the browser itself tells of every refusal.
+    pick("own").await;
+
+    tab.shows("#machines-route", "The next request for own is answered here").await;
+    mesh.lose("one");
+    tab.shows("#machines-list li", "lost · 1 sent there").await;
+    mesh.forget("one");
+    tab.until("it is gone", "document.querySelectorAll('#machines-list li').length === 1").await;
+    assert_eq!(tab.js::<Vec<Vec<String>>>(rows).await, [hostile]);
+    mesh.forget(HOSTILE_NAME);
+    tab.shows("#machines-list", "No other machine is there.").await;
+
+    // Names are text wherever they are shown, and no address is shown at all.
+    assert_eq!(tab.js::<String>("document.title").await, "mesh-llm");
+    let made = "document.querySelectorAll('#machines img, #machines b, #machines i, #model img').length";
+    assert_eq!(tab.js::<u32>(made).await, 0);
+    let shown: String = tab.js("document.querySelector('#machines').innerText").await;
+    assert!(!shown.contains("127.0.0.1") && !shown.contains("://"), "{shown}");
+
     tab.close(&server.url).await;
 }

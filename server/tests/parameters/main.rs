@@ -70,7 +70,7 @@ fn all_plans() -> Vec<Plan> {
 
 #[test]
 fn every_parameter_is_honoured_or_refused_by_name_on_mlx() {
-    let Some(server) = Server::mlx("every_parameter_is_honoured_or_refused_by_name_on_mlx") else { return };
+    let Some(server) = Server::mlx() else { return };
     let mut failed = Vec::new();
     for plan in all_plans().into_iter().chain([others::embeddings()]) {
         matrix(&server, &plan, &mut failed);
@@ -80,8 +80,7 @@ fn every_parameter_is_honoured_or_refused_by_name_on_mlx() {
 
 #[test]
 fn every_parameter_is_honoured_or_refused_by_name_on_llama_server() {
-    let test = "every_parameter_is_honoured_or_refused_by_name_on_llama_server";
-    let Some(server) = Server::llama_server(test) else { return };
+    let Some(server) = Server::llama_server() else { return };
     let mut failed = Vec::new();
     for plan in all_plans() {
         matrix(&server, &plan, &mut failed);
@@ -93,7 +92,7 @@ fn every_parameter_is_honoured_or_refused_by_name_on_llama_server() {
 
 #[test]
 fn switches_that_a_template_does_not_read_are_refused_by_name() {
-    let Some(server) = Server::without_a_switch("switches_that_a_template_does_not_read_are_refused_by_name") else {
+    let Some(server) = Server::without_a_switch() else {
         return;
     };
     let plan = chat::plan();

@@ -1,12 +1,8 @@
 //! The program with a tiny model on one of the backends, and how it is asked.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
 
+use conformance::shared::golden;
 use reqwest::Client;
 use serde_json::{Map, Value, json};
 use tokio::runtime::Runtime;
@@ -15,6 +11,9 @@ use crate::program::Program;
 
 /// What the model is asked to continue.
 pub const PROMPT: &str = "the cat sat on the mat";
+
+/// The model.
+const GOLDEN: &str = "qwen3";
 
 /// A template that reads a switch for reasoning and a variable of its own, and shows tools. The name `hello` is nobody
 /// else's.
@@ -42,8 +41,8 @@ pub struct Server {
 
 impl Server {
     /// On MLX, or a reason to skip.
-    pub fn mlx(test: &str) -> Option<Self> {
-        let golden = golden(test)?;
+    pub fn mlx() -> Option<Self> {
+        let golden = golden(GOLDEN)?;
         let files = tempfile::tempdir().unwrap();
         for name in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"] {
             symlink(golden.join(name), files.path().join(name)).unwrap();
@@ -58,8 +57,8 @@ impl Server {
     }
 
     /// On llama-server, or a reason to skip.
-    pub fn llama_server(test: &str) -> Option<Self> {
-        let golden = golden(test)?;
+    pub fn llama_server() -> Option<Self> {
+        let golden = golden(GOLDEN)?;
         let files = tempfile::tempdir().unwrap();
         let gguf = files.path().join("model.gguf");
         fs::write(&gguf, with_template(&golden)).unwrap();
@@ -67,8 +66,8 @@ impl Server {
     }
 
     /// On llama-server, with the model's own template, which has no switch for reasoning; or a reason to skip.
-    pub fn without_a_switch(test: &str) -> Option<Self> {
-        Some(Self::on_gguf(&golden(test)?.join("model.gguf"), tempfile::tempdir().unwrap()))
+    pub fn without_a_switch() -> Option<Self> {
+        Some(Self::on_gguf(&golden(GOLDEN)?.join("model.gguf"), tempfile::tempdir().unwrap()))
     }
 
     fn on_gguf(gguf: &Path, files: tempfile::TempDir) -> Self {
@@ -201,17 +200,6 @@ pub fn read(answer: &Value) -> u64 {
 pub fn written(answer: &Value) -> u64 {
     let usage = &answer["usage"];
     usage["completion_tokens"].as_u64().or_else(|| usage["output_tokens"].as_u64()).unwrap()
-}
-
-/// The golden model, or a reason to skip.
-fn golden(test: &str) -> Option<PathBuf> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/golden/qwen3");
-    if path.join("model.gguf").exists() {
-        return Some(path.canonicalize().unwrap());
-    }
-    assert!(std::env::var_os("CI").is_none(), "{} is missing", path.display());
-    println!("skipped: {test} ({} is not there)", path.display());
-    None
 }
 
 /// The golden's GGUF with [`TEMPLATE`]. Strings have their length before them, so this one is made as long as the one

@@ -6,26 +6,16 @@ mod load;
 mod program;
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::atomic::{AtomicU32, Ordering::SeqCst},
     time::Duration,
 };
 
+use conformance::shared::golden;
 use load::{Storm, Target};
 use program::Program;
 
 const LLAMA_SERVER: &str = "install_dir = {DIR}\nargs = [\"--threads\", \"1\"]\n";
-
-/// The weights of the golden Llama, or a reason to skip.
-fn golden(test: &str, file: &str) -> Option<PathBuf> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/golden/llama").join(file);
-    if path.exists() {
-        return Some(path.canonicalize().unwrap());
-    }
-    assert!(std::env::var_os("CI").is_none(), "{} is missing", path.display());
-    println!("skipped: {test} ({} is not there)", path.display());
-    None
-}
 
 fn llama_server(gguf: &Path, limits: &[&str]) -> Program {
     let file = gguf.to_string_lossy();
@@ -49,7 +39,7 @@ fn runtime() -> tokio::runtime::Runtime {
 fn only_requests_in_flight_notice_that_llama_server_was_killed() {
     const REQUESTS: u32 = 2000;
     const KILLS: u32 = 10;
-    let Some(gguf) = golden("only_requests_in_flight_notice_that_llama_server_was_killed", "model.gguf") else {
+    let Some(gguf) = golden("llama/model.gguf") else {
         return;
     };
     let mut program = llama_server(&gguf, &["--max-parallel", "4", "--max-queue", "32"]);
@@ -84,7 +74,7 @@ fn only_requests_in_flight_notice_that_llama_server_was_killed() {
 
 #[test]
 fn a_crowd_before_llama_server_is_answered_or_told_to_come_back() {
-    let Some(gguf) = golden("a_crowd_before_llama_server_is_answered_or_told_to_come_back", "model.gguf") else {
+    let Some(gguf) = golden("llama/model.gguf") else {
         return;
     };
     let mut program = llama_server(&gguf, &["--max-parallel", "4", "--max-queue", "16"]);
@@ -99,7 +89,7 @@ fn a_crowd_before_llama_server_is_answered_or_told_to_come_back() {
 /// As many requests of every kind, and a crowd, before an engine within the program.
 #[test]
 fn mlx_is_after_2000_requests_what_it_was_before() {
-    let Some(weights) = golden("mlx_is_after_2000_requests_what_it_was_before", "model.safetensors") else { return };
+    let Some(weights) = golden("llama/model.safetensors") else { return };
     let mut program = mlx(&weights, &["--max-parallel", "4", "--max-queue", "32"]);
     let resident = std::sync::Mutex::new(Vec::new());
     let never = AtomicU32::new(0);
@@ -118,7 +108,7 @@ fn mlx_is_after_2000_requests_what_it_was_before() {
 
 #[test]
 fn a_crowd_before_mlx_is_answered_or_told_to_come_back() {
-    let Some(weights) = golden("a_crowd_before_mlx_is_answered_or_told_to_come_back", "model.safetensors") else {
+    let Some(weights) = golden("llama/model.safetensors") else {
         return;
     };
     let mut program = mlx(&weights, &["--max-parallel", "4", "--max-queue", "16"]);

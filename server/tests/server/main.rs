@@ -2,7 +2,9 @@
 
 mod answers;
 mod bounds;
+mod elsewhere;
 mod fake;
+mod fake_mesh;
 mod fuzz;
 mod lifecycle;
 mod likelihood;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use mesh_core::{
-    EngineState,
+    EngineState, Hint,
     node::{Elsewhere, Load, RejectionKind},
 };
 use serde_json::json;
@@ -15,7 +15,7 @@ use super::{
     stand_in::{Answer, StandIn, Step, bare, delta, hello, list, llama_server, sse, steps},
     until, whole,
 };
-use crate::{ShareOptions, Shared};
+use crate::{Own, ShareOptions, Shared};
 
 #[tokio::test]
 async fn what_is_listed_is_offered_and_nothing_else() {
@@ -89,6 +89,45 @@ async fn one_that_is_not_there_yet_is_waited_for() {
     assert!(shared.models().is_empty());
     server.up().await;
     until(&shared, "there", |shared| names(shared) == ["m"]).await;
+}
+
+#[tokio::test]
+async fn a_server_does_not_share_itself_whatever_it_is_called() {
+    let itself = |instance: &'static str, models: fn() -> Answer| {
+        move |request: &super::stand_in::Request| match request.path() {
+            "/v1/models" => models(),
+            "/version" => Answer::Json(200, json!({ "name": "mesh-llm", "instance": instance })),
+            _ => hello(),
+        }
+    };
+    let one = || list(&[json!({ "id": "m", "owned_by": "mesh-llm", "status": "ready" })]);
+    let elsewhere = || list(&[json!({ "id": "m", "owned_by": "mesh-llm", "status": "ready", "backend": "share" })]);
+    let server = StandIn::new(itself("me", one)).await;
+    let own = Own { address: "127.0.0.1:1".parse().unwrap(), instance: "me".into() };
+    // At another address than it listens on, as a proxy has it.
+    let shared = Shared::start(ShareOptions { own: Some(own.clone()), ..options(&server) }).await.unwrap();
+    let refused = |shared: &Shared| shared.status()["last_failure"].as_str().is_some_and(|why| why.contains("itself"));
+    assert!(refused(&shared) && shared.models().is_empty(), "{}", shared.status());
+    server.set(itself("another", one));
+    until(&shared, "offered", |shared| names(shared) == ["m"]).await;
+    // One that has nothing of its own.
+    server.set(itself("me", elsewhere));
+    until(&shared, "known", |shared| shared.status()["healthy"] == false && refused(shared)).await;
+    // At its own address nothing is asked.
+    let own = Own { address: ([127, 0, 0, 1], server.port()).into(), ..own };
+    let error = Shared::start(ShareOptions { own: Some(own), ..options(&server) }).await.err().unwrap();
+    assert!(error.to_string().contains("cannot share itself") && error.hint().is_some(), "{error}");
+}
+
+#[tokio::test]
+async fn what_is_passed_on_says_so() {
+    let server = StandIn::new(bare(|_| hello())).await;
+    let shared = share(&server).await;
+    whole(&engine(&shared, "m").await, ask("hi")).await;
+    for path in ["/v1/models", "/v1/chat/completions"] {
+        let head = server.last(path).head.to_lowercase();
+        assert!(head.contains("via: 1.1 mesh-llm"), "{head}");
+    }
 }
 
 #[tokio::test]

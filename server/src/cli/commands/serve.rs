@@ -40,7 +40,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     let listener = listen::bind(wanted).await.map_err(|error| in_words(wanted, &error))?;
     let address = listener.local_addr().unwrap_or(wanted);
     let others = Others {
-        shared: mesh::shared(&args.mesh, &setting.config.share).await?,
+        shared: mesh::shared(&args.mesh, &setting.config.share, address).await?,
         mesh: mesh::mesh(&args.mesh, &setting.config.mesh).await?,
     };
     others.announce(output);
@@ -123,7 +123,8 @@ pub async fn client(args: ClientArgs, output: &Output) -> Result<(), Failure> {
     let Some(mesh) = mesh else {
         return Err(mesh::failure(&mesh_backend_mesh::HomeError::NoMesh));
     };
-    let others = Others { shared: mesh::shared(&args.mesh, &setting.config.share).await?, mesh: Some(mesh) };
+    let shared = mesh::shared(&args.mesh, &setting.config.share, address).await?;
+    let others = Others { shared, mesh: Some(mesh) };
     others.announce(output);
     let remote = RemoteModels::new(others.sources(), setting.config.api.manner());
     let slots = Slots::spawn_beside(Vec::new(), Keeping::default(), remote);
