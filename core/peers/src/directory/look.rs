@@ -70,6 +70,23 @@ impl Directory {
         addressed.into_iter().collect()
     }
 
+    /// What those are called that offer a model, by its name or by `name@node`, and are lost: before their leases are over
+    /// they may well come back.
+    pub fn lost_offers(&self, model: &str, now: Duration) -> Vec<String> {
+        let lost = |(_, member): &(&NodeId, &Member)| member.lost && now < member.expires;
+        let offers = |member: &Member, model: &str| member.offers().iter().any(|offer| offer.name == model);
+        let by_name = self.members.iter().filter(lost).filter(|(_, member)| offers(member, model));
+        let found: Vec<String> = by_name.map(|(_, member)| member.advert.name.clone()).collect();
+        if !found.is_empty() {
+            return found;
+        }
+        let addressed = model.rsplit_once('@').and_then(|(model, node)| {
+            let entry = self.members.get_key_value(&self.named(node)?)?;
+            (lost(&entry) && offers(entry.1, model)).then(|| entry.1.advert.name.clone())
+        });
+        addressed.into_iter().collect()
+    }
+
     /// The one node of that name or id, full or short, or as [`nodes`](Self::nodes) calls it.
     pub fn named(&self, text: &str) -> Option<NodeId> {
         if let Ok(id) = text.parse() {
