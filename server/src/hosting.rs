@@ -1,11 +1,14 @@
 //! What this server does for other nodes: it answers with what is ready here, and passes nothing on.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use async_trait::async_trait;
 use mesh_core::{
     ask::Ask,
-    node::{Elsewhere, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
+    node::{Elsewhere, Load, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
 };
 use tokio::sync::watch;
 
@@ -24,6 +27,8 @@ pub struct Hosting {
     /// Servers beside this one whose models it offers as its own.
     shared: Vec<Arc<dyn Elsewhere>>,
     changes: watch::Sender<u64>,
+    /// Offers by name, each as long as its model is loaded: only the load of one changes.
+    made: Mutex<BTreeMap<String, (Weak<ServedModel>, ModelOffer)>>,
 }
 
 impl Hosting {
@@ -36,7 +41,7 @@ impl Hosting {
         for source in &shared {
             tokio::spawn(tell(source.changes(), changes.clone()));
         }
-        Arc::new(Self { slots, shared, changes })
+        Arc::new(Self { slots, shared, changes, made: Mutex::default() })
     }
 
     /// The model, if it is ready at this moment.
@@ -45,6 +50,21 @@ impl Hosting {
             SlotState::Ready(model) => Lease::of(&model),
             _ => None,
         }
+    }
+
+    /// What a ready model is offered as.
+    fn offer(&self, slot: &Slot, model: &Arc<ServedModel>) -> ModelOffer {
+        let (name, load) = (slot.name(), slot.tally().load());
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, offer)) = made.get(&name)
+            && std::ptr::eq(of.as_ptr(), Arc::as_ptr(model))
+        {
+            return ModelOffer { load, ..offer.clone() };
+        }
+        made.retain(|_, (of, _)| of.strong_count() > 0);
+        let offer = offer(slot, model);
+        made.insert(name, (Arc::downgrade(model), offer.clone()));
+        offer
     }
 
     async fn answer_here(&self, lease: Lease, model: &str, ask: Ask) -> Result<PartStream, PipelineError> {
@@ -64,7 +84,7 @@ async fn tell<T>(mut changed: watch::Receiver<T>, changes: watch::Sender<u64>) {
 impl Local for Hosting {
     fn offers(&self) -> Vec<ModelOffer> {
         let own = self.slots.iter().filter_map(|slot| match slot.state() {
-            SlotState::Ready(model) => Some(offer(slot, &model)),
+            SlotState::Ready(model) => Some(self.offer(slot, &model)),
             _ => None,
         });
         let shared = self.shared.iter().flat_map(|source| source.models());
@@ -73,6 +93,14 @@ impl Local for Hosting {
         offers.sort_by(|one, other| one.name.cmp(&other.name));
         offers.dedup_by(|one, other| one.name == other.name);
         offers
+    }
+
+    fn loads(&self) -> Vec<(String, Load)> {
+        let ready = self.slots.iter().filter(|slot| matches!(slot.state(), SlotState::Ready(_)));
+        let own = ready.map(|slot| (slot.name(), slot.tally().load()));
+        let shared = self.shared.iter().flat_map(|source| source.models());
+        let shared = shared.filter_map(|model| Some((model.name, model.nodes.into_iter().next()?.offer.load)));
+        own.chain(shared).collect()
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

@@ -7,6 +7,7 @@
 //! What others offer and who is asked is decided by `mesh-peers`, purely.
 
 pub mod adverts;
+mod attend;
 pub mod codec;
 pub mod counts;
 pub mod engine;
@@ -14,6 +15,7 @@ pub mod home;
 mod link;
 pub mod mesh;
 mod node;
+mod own;
 mod serving;
 mod tasks;
 pub mod ticket;

@@ -3,14 +3,14 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use iroh::{
     EndpointAddr, EndpointId,
-    endpoint::{Connection, VarInt},
+    endpoint::{Connection, ConnectionError, VarInt},
 };
 use tokio::time::{sleep, timeout};
 
@@ -36,12 +36,20 @@ pub enum Parting {
     Revoked = 4,
     /// The other side asks for more than it may.
     Greedy = 5,
+    /// This node opened the connection, and does not need it any more.
+    Unneeded = 6,
 }
 
 impl Parting {
     /// Closes a connection for this reason. Strangers are told nothing else.
     pub fn close(self, connection: &Connection) {
         connection.close(VarInt::from_u32(self as u32), b"");
+    }
+
+    /// Whether the other side closed it for this reason.
+    pub fn ended(self, connection: &Connection) -> bool {
+        let code = VarInt::from_u32(self as u32);
+        matches!(connection.close_reason(), Some(ConnectionError::ApplicationClosed(close)) if close.error_code == code)
     }
 }
 
@@ -77,30 +85,52 @@ pub struct Link {
     pub dialler: EndpointId,
     /// When the other side was started, in milliseconds since 1970.
     pub incarnation: u64,
-    /// Requests that pass over it, either way.
-    uses: Arc<AtomicUsize>,
+    opened: Instant,
+    usage: Arc<Usage>,
+}
+
+/// What passes over a connection.
+#[derive(Debug, Default)]
+struct Usage {
+    /// Requests, either way.
+    now: AtomicUsize,
+    /// When the last one ended, in milliseconds since the connection was opened.
+    last_ms: AtomicU64,
 }
 
 /// A request that passes over a connection.
 #[derive(Debug)]
-pub struct Use(Arc<AtomicUsize>);
+pub struct Use {
+    opened: Instant,
+    usage: Arc<Usage>,
+}
 
 impl Drop for Use {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.usage.last_ms.store(self.opened.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.usage.now.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Link {
     /// Over a connection.
     pub fn new(connection: Connection, dialler: EndpointId, incarnation: u64) -> Self {
-        Self { connection, dialler, incarnation, uses: Arc::default() }
+        Self { connection, dialler, incarnation, opened: Instant::now(), usage: Arc::default() }
     }
 
     /// Notes that a request passes over it, until that is dropped.
     pub fn used(&self) -> Use {
-        self.uses.fetch_add(1, Ordering::Relaxed);
-        Use(self.uses.clone())
+        self.usage.now.fetch_add(1, Ordering::Relaxed);
+        Use { opened: self.opened, usage: self.usage.clone() }
+    }
+
+    /// Time since it was used, or opened. Zero while it is used.
+    pub fn unused(&self) -> Duration {
+        if self.usage.now.load(Ordering::Relaxed) > 0 {
+            return Duration::ZERO;
+        }
+        let last = Duration::from_millis(self.usage.last_ms.load(Ordering::Relaxed));
+        self.opened.elapsed().saturating_sub(last)
     }
 
     /// Closes it once nothing passes over it any more. The other side may not know yet that there is another one.
@@ -111,7 +141,7 @@ impl Link {
                 _ = self.connection.closed() => return,
                 () = sleep(GRACE) => {}
             }
-            if self.uses.load(Ordering::Relaxed) == 0 {
+            if self.usage.now.load(Ordering::Relaxed) == 0 {
                 return Parting::Duplicate.close(&self.connection);
             }
         }
@@ -151,7 +181,7 @@ async fn introduce(node: &Arc<Node>, connection: &Connection) -> Result<Card, Me
     if !theirs.is(&Proof::of(&node.membership.secret, connection, Side::Listener)?) {
         return Err(MeetError::Stranger);
     }
-    wire::write(&mut send, &node.card()).await?;
+    wire::write(&mut send, &node.card(connection.remote_id(), None)).await?;
     let card: Card = wire::expect(&mut recv, wire::CARD_BYTES_MAX).await?;
     node.admit(connection.remote_id(), &card)?;
     send.finish().ok();
@@ -170,7 +200,7 @@ pub async fn welcome(node: &Arc<Node>, connection: &Connection) -> Result<Link, 
         wire::write(&mut send, &Proof::of(&node.membership.secret, connection, Side::Listener)?).await?;
         let card: Card = wire::expect(&mut recv, wire::CARD_BYTES_MAX).await?;
         node.admit(connection.remote_id(), &card)?;
-        wire::write(&mut send, &node.card()).await?;
+        wire::write(&mut send, &node.card(connection.remote_id(), Some(&card))).await?;
         send.finish().ok();
         let dialler = connection.remote_id();
         node.meet(connection.clone(), dialler, card).ok_or(MeetError::Gone)

@@ -394,6 +394,15 @@ impl Directory {
         self.connected.iter().filter(|node| due(node).is_some_and(missed)).copied().collect()
     }
 
+    /// This node itself heard nothing for so long, since it was not given time to listen: no pulse is late by that.
+    pub fn stood_still(&mut self, time: Duration) {
+        for node in &self.connected {
+            if let Some(due) = self.members.get_mut(node).and_then(|member| member.due.as_mut()) {
+                due.at += time;
+            }
+        }
+    }
+
     /// Those that were lost, or whose leases ended: after a partition they may be there, and nobody here would know unless
     /// somebody tries to reach one of them every now and then.
     pub fn missing(&self) -> Vec<NodeId> {

@@ -70,19 +70,20 @@ impl Directory {
         addressed.into_iter().collect()
     }
 
-    /// What those are called that offer a model, by its name or by `name@node`, and are lost: before their leases are over
-    /// they may well come back.
-    pub fn lost_offers(&self, model: &str, now: Duration) -> Vec<String> {
-        let lost = |(_, member): &(&NodeId, &Member)| member.lost && now < member.expires;
-        let offers = |member: &Member, model: &str| member.offers().iter().any(|offer| offer.name == model);
-        let by_name = self.members.iter().filter(lost).filter(|(_, member)| offers(member, model));
-        let found: Vec<String> = by_name.map(|(_, member)| member.advert.name.clone()).collect();
+    /// What those are called that offer a model, by its name or by `name@node`, and are lost, and what they offer: before their
+    /// leases are over they may well come back.
+    pub fn lost_offers(&self, model: &str, now: Duration) -> Vec<(String, Arc<ModelOffer>)> {
+        let lost = |member: &Member, model: &str| {
+            let offer = member.offers().iter().find(|offer| offer.name == model)?;
+            (member.lost && now < member.expires).then(|| (member.advert.name.clone(), offer.clone()))
+        };
+        let found: Vec<_> = self.members.values().filter_map(|member| lost(member, model)).collect();
         if !found.is_empty() {
             return found;
         }
         let addressed = model.rsplit_once('@').and_then(|(model, node)| {
-            let entry = self.members.get_key_value(&self.named(node)?)?;
-            (lost(&entry) && offers(entry.1, model)).then(|| entry.1.advert.name.clone())
+            let member = self.members.get(&self.named(node)?)?;
+            lost(member, model)
         });
         addressed.into_iter().collect()
     }

@@ -132,13 +132,16 @@ fn who_hears_few_pulses_of_a_node_believes_those_who_hear_many() {
         let loss = Loss { node: node(1), incarnation: 1, sequence: 3 };
         assert_eq!(directory.report(&loss, at(600)), Reported::Ignored, "{next_ms}: it was heard just now");
         assert_eq!(directory.report(&loss, at(601)), Reported::Believed, "{next_ms}");
-        assert_eq!(directory.lost_offers("a", at(601)), ["node-1"]);
-        assert_eq!(directory.lost_offers("a@node-1", at(601)), ["node-1"]);
-        assert_eq!(directory.lost_offers("b", at(601)), [""; 0]);
+        let lost = |directory: &Directory, model: &str, now: u64| -> Vec<String> {
+            directory.lost_offers(model, at(now)).into_iter().map(|(name, _)| name).collect()
+        };
+        assert_eq!(lost(&directory, "a", 601), ["node-1"]);
+        assert_eq!(lost(&directory, "a@node-1", 601), ["node-1"]);
+        assert_eq!(lost(&directory, "b", 601), [""; 0]);
         // Its lease began with its latest pulse.
-        assert_eq!(directory.lost_offers("a", at(5100)), [""; 0], "and its lease is over");
+        assert_eq!(lost(&directory, "a", 5100), [""; 0], "and its lease is over");
         directory.reached(node(1), None, at(700));
-        assert_eq!(directory.lost_offers("a", at(700)), [""; 0], "and it is there");
+        assert_eq!(lost(&directory, "a", 700), [""; 0], "and it is there");
     }
 }
 
@@ -174,7 +177,11 @@ fn a_connection_that_is_quiet_is_noticed() {
     directory.pulse(node(1), &pulse, None, at(1000));
     assert_eq!(directory.quiet(at(1600)), []);
     assert_eq!(directory.quiet(at(1601)), [node(1)]);
-    directory.lost(node(1), at(1601));
+    // A node that stood still itself has nobody to blame.
+    directory.stood_still(at(300));
+    assert_eq!(directory.quiet(at(1900)), []);
+    assert_eq!(directory.quiet(at(1901)), [node(1)]);
+    directory.lost(node(1), at(1901));
     assert_eq!(directory.quiet(at(9000)), []);
 }
 
