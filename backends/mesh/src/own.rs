@@ -35,8 +35,11 @@ pub struct Own {
     /// The models, by place.
     models: Vec<String>,
     /// How busy they were, and when that was looked at.
-    loads: Option<(Duration, Arc<Vec<(u16, Load)>>)>,
+    loads: Option<(Duration, Loads)>,
 }
+
+/// How busy models are, by place.
+type Loads = Arc<Vec<(u16, Load)>>;
 
 impl Node {
     /// What this node offers at this moment, signed.
@@ -120,7 +123,7 @@ impl Node {
     }
 
     /// How busy it is, at most a moment ago.
-    fn loads(&self) -> Arc<Vec<(u16, Load)>> {
+    fn loads(&self) -> Loads {
         let now = self.now();
         let fresh = |looked: Duration| now.saturating_sub(looked) < LOOKED_MIN;
         if let Some((looked, loads)) = self.state().own.as_ref().and_then(|own| own.loads.as_ref())

@@ -146,12 +146,16 @@ impl Reach {
         let mut wanted = LINKS_WANTED.saturating_sub(links + all);
         let due = self.nodes.iter().filter(|(_, node)| node.under_way.is_none() && node.next <= now);
         let mut due: Vec<_> = due
-            .map(|(id, node)| {
-                let strange = if node.vouched { Standing::Unheard } else { Standing::Stranger };
-                let standing = standing(id).unwrap_or(strange);
-                (standing, node.failures, mix(id, self.salt), *id)
+            .filter_map(|(id, node)| {
+                let unknown = if node.vouched { Standing::Unheard } else { Standing::Stranger };
+                let standing = standing(id).unwrap_or(unknown);
+                let comes = match standing {
+                    Standing::Neighbour | Standing::Unheard => true,
+                    Standing::Member | Standing::Stranger => wanted > 0,
+                    Standing::Connected => false,
+                };
+                comes.then(|| (standing, node.failures, mix(id, self.salt), *id))
             })
-            .filter(|(standing, ..)| *standing != Standing::Connected)
             .collect();
         due.sort_unstable();
         let mut found = Vec::new();
@@ -254,7 +258,8 @@ mod tests {
         assert_eq!(first.len(), ATTEMPTS_STRANGE_MAX, "{first:?}");
         // While those are tried, a member becomes known, and one that was lost.
         announced.by_ref().take(2000).for_each(|index| reach.announced(node(index), at(1)));
-        (reach.vouch(node(2)), reach.vouch(node(1)));
+        reach.vouch(node(2));
+        reach.vouch(node(1));
         assert_eq!(reach.next(0, heard, at(1)), [node(1), node(2)]);
         assert_eq!(reach.next(0, heard, at(2)), [], "strangers have no more places");
         announced.for_each(|index| reach.announced(node(index), at(2)));

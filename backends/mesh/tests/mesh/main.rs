@@ -1,5 +1,7 @@
 //! Nodes of one process over real connections: they join, hear of one another, serve for one another, and leave.
 
+mod loss;
+
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
