@@ -1,5 +1,8 @@
 //! A node's life: it joins, takes part, and leaves.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     sync::Arc,

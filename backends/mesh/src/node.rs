@@ -110,7 +110,7 @@ pub struct State {
     /// The latest adverts, as they came, to be passed on.
     shown: BTreeMap<EndpointId, (Duration, Shown)>,
     /// Those that could be connected to.
-    reach: Reach,
+    pub reach: Reach,
     /// Those that gossip goes through.
     pub neighbours: BTreeSet<EndpointId>,
     /// What this node said last of itself.
