@@ -27,7 +27,7 @@ use crate::{
 /// How long a node may take to say whether it admits a request. It may have a long prompt to tokenize.
 const ADMISSION_MAX: Duration = Duration::from_secs(30);
 /// How long a node that there is no connection to may take to be reached by a request.
-const REACH_MAX: Duration = Duration::from_secs(2);
+const REACH_MAX: Duration = Duration::from_secs(3);
 /// Nodes that one request is brought to.
 const TRIES_MAX: usize = 4;
 /// Nodes that an error names.
@@ -234,7 +234,8 @@ impl Way {
 
     fn failed(&mut self, link: &Link, why: String) {
         let id = link.connection.remote_id();
-        if Parting::Unneeded.ended(&link.connection) && !std::mem::replace(&mut self.missed, true) {
+        let given_up = [Parting::Unneeded, Parting::Duplicate].iter().any(|why| why.ended(&link.connection));
+        if given_up && !std::mem::replace(&mut self.missed, true) {
             // The node is there, and may be asked over a new connection.
             self.tried.pop();
             return;

@@ -156,10 +156,17 @@ impl Link {
     }
 }
 
-/// Opens a connection to a node and makes acquaintance.
+/// Opens a connection to a node and makes acquaintance, unless there is one: whoever else tries the same is waited for. Two
+/// connections that the same side opened at the same time might be kept by one side each.
 pub async fn dial(node: &Arc<Node>, to: EndpointAddr) -> Result<Link, MeetError> {
     let unreached = |error: String| MeetError::Unreached(error);
+    let turn = node.turn(to.id);
     let meeting = async {
+        let _turn = turn.lock().await;
+        let there = node.state().links.get(&to.id).filter(|link| link.connection.close_reason().is_none()).cloned();
+        if let Some(link) = there {
+            return Ok(link);
+        }
         let connection =
             node.endpoint.connect(to, wire::ALPN).await.map_err(|error| unreached(format!("{error:#}")))?;
         match introduce(node, &connection).await {

@@ -97,6 +97,9 @@ impl Admitted {
     }
 }
 
+/// Held by who connects to a node.
+pub type Turn = tokio::sync::Mutex<()>;
+
 /// What changes.
 pub struct State {
     /// Who belongs here.
@@ -111,6 +114,8 @@ pub struct State {
     shown: BTreeMap<EndpointId, (Duration, Shown)>,
     /// Those that could be connected to.
     pub reach: Reach,
+    /// Held by who connects to a node.
+    turns: HashMap<EndpointId, Arc<Turn>>,
     /// Those that gossip goes through.
     pub neighbours: BTreeSet<EndpointId>,
     /// What this node said last of itself.
@@ -150,6 +155,7 @@ impl Node {
             links: HashMap::new(),
             shown: BTreeMap::new(),
             reach: Reach::new(rand::random()),
+            turns: HashMap::new(),
             neighbours: BTreeSet::new(),
             own: None,
         };
@@ -297,6 +303,11 @@ impl Node {
                 return;
             }
             state.reach.parted(node_id(id), now);
+            if Parting::Duplicate.ended(&link.connection) {
+                // The node has another one, which is not known here: it is there, all the same.
+                state.directory.closed(node_id(id));
+                return;
+            }
             state.directory.lost(node_id(id), now)
         };
         tracing::debug!(node = %id.fmt_short(), "connection lost");
@@ -508,6 +519,13 @@ impl Node {
     pub fn dialled(&self, id: EndpointId, reached: bool) {
         let now = self.now();
         self.state().reach.ended(node_id(id), reached, rand::random(), now);
+    }
+
+    /// What is held by who connects to a node: one at a time does.
+    pub fn turn(&self, id: EndpointId) -> Arc<Turn> {
+        let mut state = self.state();
+        state.turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        state.turns.entry(id).or_default().clone()
     }
 
     /// Where those are that it is connected to, to be remembered.
