@@ -12,6 +12,7 @@ use iroh::{
     EndpointAddr, EndpointId,
     endpoint::{Connection, ConnectionError, VarInt},
 };
+use mesh_peers::cadence::PULSES_MISSED_MAX;
 use tokio::time::{sleep, timeout};
 
 use crate::{
@@ -22,6 +23,10 @@ use crate::{
 
 /// How long a connection may take until both sides know each other.
 pub const MEETING_MAX: Duration = Duration::from_secs(5);
+
+/// A connection over which nothing came for so long is closed, and what was under way over it has failed. Whoever is not heard
+/// counts as lost well before that.
+pub const SILENCE_MAX: Duration = Duration::from_secs(2);
 
 /// Why a connection was closed, in a word for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +43,8 @@ pub enum Parting {
     Greedy = 5,
     /// This node opened the connection, and does not need it any more.
     Unneeded = 6,
+    /// Nothing is heard of the other side.
+    Silent = 7,
 }
 
 impl Parting {
@@ -96,6 +103,10 @@ struct Usage {
     now: AtomicUsize,
     /// When the last one ended, in milliseconds since the connection was opened.
     last_ms: AtomicU64,
+    /// When the last pulse came, likewise.
+    pulse_ms: AtomicU64,
+    /// When the one after that should come, likewise.
+    next_ms: AtomicU64,
 }
 
 /// A request that passes over a connection.
@@ -122,6 +133,20 @@ impl Link {
     pub fn used(&self) -> Use {
         self.usage.now.fetch_add(1, Ordering::Relaxed);
         Use { opened: self.opened, usage: self.usage.clone() }
+    }
+
+    /// Notes that a pulse came, and when the next one should.
+    pub fn heard(&self, next: Duration) {
+        let now = self.opened.elapsed();
+        self.usage.pulse_ms.store(now.as_millis() as u64, Ordering::Relaxed);
+        self.usage.next_ms.store((now + next).as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether nothing was heard over it for as long as a connection lasts, and for as long as several pulses take.
+    pub fn is_silent(&self) -> bool {
+        let [last, next] = [&self.usage.pulse_ms, &self.usage.next_ms].map(|time| time.load(Ordering::Relaxed));
+        let most = SILENCE_MAX.max(Duration::from_millis(next - last.min(next)) * PULSES_MISSED_MAX);
+        self.opened.elapsed().saturating_sub(Duration::from_millis(last)) > most
     }
 
     /// Time since it was used, or opened. Zero while it is used.

@@ -29,6 +29,7 @@ use crate::{
     adverts::GOSSIP_BYTES_MAX,
     engine::Remote,
     home::{Denied, Home, HomeError, Membership},
+    link::SILENCE_MAX,
     node::{Admitted, Node, Parts},
     tasks::{self, Gate, Joining, Listening},
     ticket::Ticket,
@@ -37,9 +38,6 @@ use crate::{
 
 /// The UDP port that nodes listen on unless they are told another.
 pub const PORT: u16 = 9338;
-/// A connection over which nothing came for so long is closed, and what was under way over it has failed. Whoever is not heard
-/// counts as lost well before that.
-const IDLE_MAX: Duration = Duration::from_secs(2);
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// Requests of one node that are answered at the same time.
 const STREAMS_MAX: u32 = 256;
@@ -322,11 +320,11 @@ async fn endpoint(
     addresses: &MemoryLookup,
 ) -> Result<Endpoint, MeshError> {
     let network = |why: String| MeshError::Network { why };
-    let idle = IdleTimeout::try_from(IDLE_MAX).map_err(|error| network(error.to_string()))?;
+    let idle = IdleTimeout::try_from(SILENCE_MAX).map_err(|error| network(error.to_string()))?;
     let transport = QuicTransportConfig::builder()
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(KEEP_ALIVE)
-        .default_path_max_idle_timeout(IDLE_MAX)
+        .default_path_max_idle_timeout(SILENCE_MAX)
         .default_path_keep_alive_interval(KEEP_ALIVE)
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
         .max_concurrent_uni_streams(VarInt::from_u32(MESSAGES_MAX))

@@ -390,6 +390,7 @@ impl Node {
     pub fn hear_pulse(&self, link: &Link, bytes: &Bytes) {
         match Pulse::decode(bytes) {
             Ok(pulse) => {
+                link.heard(Duration::from_millis(pulse.next_ms.into()));
                 let id = node_id(link.connection.remote_id());
                 let (way, now) = (round_trip(&link.connection), self.now());
                 let pulsed = self.state().directory.pulse(id, &pulse, way, now);
@@ -483,9 +484,16 @@ impl Node {
             }
             let quiet = state.directory.quiet(now);
             let losses: Vec<Loss> = quiet.into_iter().filter_map(|node| state.directory.lost(node, now)).collect();
+            // The connection stays a while: one that only stood still goes on with its answers. QUIC would end it, too, and
+            // waits longer for a slow path.
+            let lost = |id: &EndpointId| {
+                let node = node_id(*id);
+                state.directory.latest(&node).is_some() && !state.directory.is_routable(&node, now)
+            };
+            let silent = state.links.iter().filter(|(id, link)| link.is_silent() && lost(id));
+            silent.for_each(|(_, link)| Parting::Silent.close(&link.connection));
             (expired, losses)
         };
-        // The connection stays until it ends by itself: one that only stood still goes on with its answers.
         for loss in &losses {
             tracing::debug!(node = %loss.node.short(), "not heard any more");
             self.news.try_send(Gossiped::Loss(*loss)).ok();

@@ -60,7 +60,7 @@ async fn who_dies_without_a_word_is_missed_by_all_and_used_again_when_it_is_back
     let second = two.start(Some(&one.ticket(&first, true)), Some(&b)).await;
     let mut third = Apart::start(&three, Some(&one.ticket(&first, true)), &c).await;
     let heard = || names(&first) == ["common", "gamma"] && names(&second) == ["common", "gamma"];
-    eventually("heard", heard).await;
+    eventually("heard", || heard() && connected(&first) && connected(&second)).await;
     assert_eq!(answer(&first, "gamma", ask("x")).await.unwrap().0, "c0 c1 c2 ");
 
     third.die();
@@ -75,7 +75,7 @@ async fn who_dies_without_a_word_is_missed_by_all_and_used_again_when_it_is_back
     let took = died.elapsed();
     println!("the next requests: after {took:?}, {gamma:?}");
     assert!(took < LEASE, "{took:?}");
-    assert!(gamma.unwrap_err().contains("does not answer"));
+    assert!(gamma.is_err(), "{gamma:?}");
     assert_eq!(common.unwrap().0, "b0 b1 b2 ");
     // While it may come back, it is said to be away rather than unknown.
     let (engine, _) = first.engine("gamma").unwrap();
@@ -101,7 +101,7 @@ async fn who_stands_still_is_not_asked_and_goes_on_where_it_was() {
     let first = one.start(None, None).await;
     let second = Apart::start(&two, Some(&one.ticket(&first, true)), &slow).await;
     eventually("heard", || names(&first) == ["beta"]).await;
-    eventually("pulses come", || first.status()["nodes"][0]["connected"] == true).await;
+    eventually("pulses come", || connected(&first)).await;
     let (engine, _) = first.engine("beta").unwrap();
     let mut parts = engine.answer(Ask { tokens_max: Some(20), ..ask("x") }).await.unwrap();
     parts.next().await.unwrap().unwrap();
