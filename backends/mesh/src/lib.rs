@@ -13,6 +13,7 @@ pub mod counts;
 pub mod engine;
 pub mod home;
 mod link;
+mod links;
 pub mod mesh;
 mod node;
 mod own;

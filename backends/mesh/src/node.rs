@@ -10,7 +10,7 @@ use bytes::Bytes;
 use iroh::{Endpoint, EndpointAddr, EndpointId, SecretKey, address_lookup::memory::MemoryLookup, endpoint::Connection};
 use mesh_core::node::Local;
 use mesh_peers::{
-    Affinity, Bounds, Directory, Heard, NodeId, Policy, Reach, Standing,
+    Affinity, Bounds, Directory, Heard, NodeId, Policy, Reach,
     advert::{Loss, Pulse},
     cadence,
     directory::{Pulsed, Reported},
@@ -34,9 +34,6 @@ pub const NEWS_MAX: usize = 256;
 const CARD_ADVERTS_BYTES_MAX: usize = CARD_BYTES_MAX / 2;
 /// Beginnings of conversations whose nodes are remembered.
 const PREFIXES_MAX: usize = 1 << 16;
-/// A node that was not given time to listen for so long does not blame others for it.
-const STALLED_MIN: Duration = Duration::from_millis(100);
-
 /// Everything that is shared by a node's tasks.
 pub struct Node {
     /// Who it is.
@@ -111,11 +108,11 @@ pub struct State {
     /// The connections.
     pub links: HashMap<EndpointId, Link>,
     /// The latest adverts, as they came, to be passed on.
-    shown: BTreeMap<EndpointId, (Duration, Shown)>,
+    pub shown: BTreeMap<EndpointId, (Duration, Shown)>,
     /// Those that could be connected to.
     pub reach: Reach,
     /// Held by who connects to a node.
-    turns: HashMap<EndpointId, Arc<Turn>>,
+    pub turns: HashMap<EndpointId, Arc<Turn>>,
     /// Those that gossip goes through.
     pub neighbours: BTreeSet<EndpointId>,
     /// What this node said last of itself.
@@ -200,7 +197,8 @@ impl Node {
         self.changes.subscribe()
     }
 
-    fn changed(&self) {
+    /// Tells who waits that something has.
+    pub fn changed(&self) {
         self.changes.send_modify(|count| *count += 1);
     }
 
@@ -432,108 +430,6 @@ impl Node {
             self.changed();
         }
         Ok(later)
-    }
-
-    /// Somebody who is a member, as far as anybody knows.
-    pub fn vouch(&self, id: EndpointId) {
-        let mut state = self.state();
-        if id != self.id && !state.judge.is_revoked(&id) {
-            state.reach.vouch(node_id(id));
-        }
-    }
-
-    /// Somebody who may be a member was seen.
-    pub fn see(&self, id: EndpointId) {
-        let (mut state, now) = (self.state(), self.now());
-        if id != self.id && !state.judge.is_revoked(&id) {
-            state.reach.announced(node_id(id), now);
-        }
-    }
-
-    /// Gossip goes through a node, or does not any more. How many it goes through now.
-    pub fn neighbour(&self, id: EndpointId, is: bool) -> usize {
-        let mut state = self.state();
-        if is {
-            state.neighbours.insert(id);
-        } else {
-            state.neighbours.remove(&id);
-        }
-        state.neighbours.len()
-    }
-
-    /// Gossip goes through nobody.
-    pub fn alone(&self) {
-        self.state().neighbours.clear();
-    }
-
-    /// Forgets whose lease is over, and takes those for lost whose pulses do not come. This node itself stood still for
-    /// `stalled`.
-    pub fn listen(&self, stalled: Duration) {
-        let now = self.now();
-        let (expired, losses) = {
-            let mut state = self.state();
-            if stalled > STALLED_MIN {
-                state.directory.stood_still(stalled);
-            }
-            let expired = state.directory.expire(now);
-            for node in &expired {
-                state.affinity.forget(*node);
-                if let Some(id) = endpoint_id(*node) {
-                    state.shown.remove(&id);
-                }
-            }
-            let quiet = state.directory.quiet(now);
-            let losses: Vec<Loss> = quiet.into_iter().filter_map(|node| state.directory.lost(node, now)).collect();
-            // The connection stays a while: one that only stood still goes on with its answers. QUIC would end it, too, and
-            // waits longer for a slow path.
-            let lost = |id: &EndpointId| {
-                let node = node_id(*id);
-                state.directory.latest(&node).is_some() && !state.directory.is_routable(&node, now)
-            };
-            let silent = state.links.iter().filter(|(id, link)| link.is_silent() && lost(id));
-            silent.for_each(|(_, link)| Parting::Silent.close(&link.connection));
-            (expired, losses)
-        };
-        for loss in &losses {
-            tracing::debug!(node = %loss.node.short(), "not heard any more");
-            self.news.try_send(Gossiped::Loss(*loss)).ok();
-        }
-        if !expired.is_empty() || !losses.is_empty() {
-            self.changed();
-        }
-    }
-
-    /// Nodes to be connected to now. Whoever asks has to say how it went.
-    pub fn to_dial(&self) -> Vec<EndpointId> {
-        let now = self.now();
-        let mut state = self.state();
-        let State { reach, directory, links, neighbours, .. } = &mut *state;
-        let linked: BTreeSet<NodeId> = links.keys().map(|id| node_id(*id)).collect();
-        let neighbours: BTreeSet<NodeId> = neighbours.iter().map(|id| node_id(*id)).collect();
-        let standing = |id: &NodeId| match () {
-            () if linked.contains(id) => Some(Standing::Connected),
-            () if neighbours.contains(id) => Some(Standing::Neighbour),
-            () if directory.is_routable(id, now) => Some(Standing::Member),
-            () => None,
-        };
-        let next = reach.next(links.len(), standing, now);
-        let (known, unknown): (Vec<_>, Vec<_>) =
-            next.into_iter().map(|id| (id, endpoint_id(id))).partition(|(_, id)| id.is_some());
-        unknown.into_iter().for_each(|(id, _)| reach.forget(id));
-        known.into_iter().filter_map(|(_, id)| id).collect()
-    }
-
-    /// How an attempt went.
-    pub fn dialled(&self, id: EndpointId, reached: bool) {
-        let now = self.now();
-        self.state().reach.ended(node_id(id), reached, rand::random(), now);
-    }
-
-    /// What is held by who connects to a node: one at a time does.
-    pub fn turn(&self, id: EndpointId) -> Arc<Turn> {
-        let mut state = self.state();
-        state.turns.retain(|_, turn| Arc::strong_count(turn) > 1);
-        state.turns.entry(id).or_default().clone()
     }
 
     /// Where those are that it is connected to, to be remembered.

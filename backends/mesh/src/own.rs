@@ -3,18 +3,16 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use iroh::EndpointId;
 use mesh_core::node::Load;
 use mesh_peers::{
     advert::{self, Advert, Pulse},
     cadence,
-    reach::{Kept, surplus},
 };
 use tokio::time::timeout;
 
 use crate::{
     adverts::{ADDRESSES_MAX, Gossiped, Shown, Spoken},
-    link::{Link, Parting},
+    link::Link,
     node::{Node, millis, node_id},
     trust::Signed,
     wire,
@@ -140,27 +138,5 @@ impl Node {
         let loads = Arc::new(loads.collect::<Vec<_>>());
         own.loads = Some((now, loads.clone()));
         loads
-    }
-
-    /// Gives up connections that nobody needs any more.
-    pub fn give_up(&self) {
-        let mut state = self.state();
-        let kept: Vec<Kept> = state
-            .links
-            .iter()
-            .map(|(id, link)| Kept {
-                node: node_id(*id),
-                own: link.dialler == self.id,
-                neighbour: state.neighbours.contains(id),
-                unused: link.unused(),
-            })
-            .collect();
-        for node in surplus(&kept) {
-            let id: Option<EndpointId> = crate::node::endpoint_id(node);
-            if let Some(link) = id.and_then(|id| state.links.remove(&id)) {
-                state.directory.closed(node);
-                Parting::Unneeded.close(&link.connection);
-            }
-        }
     }
 }
