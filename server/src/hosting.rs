@@ -1,11 +1,15 @@
 //! What this server does for other nodes: it answers with what is ready here, and passes nothing on.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use async_trait::async_trait;
 use mesh_core::{
     ask::Ask,
-    node::{Elsewhere, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
+    node::{Elsewhere, Load, Local, ModelOffer, PartStream, Question, Rejection, RejectionKind, Reply},
 };
 use mesh_models::reference::Reference;
 use tokio::sync::watch;
@@ -25,6 +29,8 @@ pub struct Hosting {
     /// Servers beside this one whose models it offers as its own.
     shared: Vec<Arc<dyn Elsewhere>>,
     changes: watch::Sender<u64>,
+    /// Offers by the models' names here, each as long as its model is loaded: only the load of one changes.
+    made: Mutex<BTreeMap<String, (Weak<ServedModel>, ModelOffer)>>,
 }
 
 impl Hosting {
@@ -37,13 +43,36 @@ impl Hosting {
         for source in &shared {
             tokio::spawn(tell(source.changes(), changes.clone()));
         }
-        Arc::new(Self { slots, shared, changes })
+        Arc::new(Self { slots, shared, changes, made: Mutex::default() })
     }
 
     /// The model that is offered under that name, if it is ready at this moment.
     fn ready(&self, name: &str) -> Option<(&Slot, Lease)> {
         self.slots.iter().find_map(|slot| match slot.state() {
-            SlotState::Ready(model) if offered(slot, &model) == name => Some((slot, Lease::of(&model)?)),
+            SlotState::Ready(model) if self.offer(slot, &model).name == name => Some((slot, Lease::of(&model)?)),
+            _ => None,
+        })
+    }
+
+    /// What a ready model is offered as.
+    fn offer(&self, slot: &Slot, model: &Arc<ServedModel>) -> ModelOffer {
+        let (name, load) = (slot.name(), slot.tally().load());
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, offer)) = made.get(&name)
+            && std::ptr::eq(of.as_ptr(), Arc::as_ptr(model))
+        {
+            return ModelOffer { load, ..offer.clone() };
+        }
+        made.retain(|_, (of, _)| of.strong_count() > 0);
+        let offer = offer(slot, model);
+        made.insert(name, (Arc::downgrade(model), offer.clone()));
+        offer
+    }
+
+    /// What is ready here.
+    fn own(&self) -> impl Iterator<Item = ModelOffer> {
+        self.slots.iter().filter_map(|slot| match slot.state() {
+            SlotState::Ready(model) => Some(self.offer(slot, &model)),
             _ => None,
         })
     }
@@ -64,16 +93,18 @@ async fn tell<T>(mut changed: watch::Receiver<T>, changes: watch::Sender<u64>) {
 #[async_trait]
 impl Local for Hosting {
     fn offers(&self) -> Vec<ModelOffer> {
-        let own = self.slots.iter().filter_map(|slot| match slot.state() {
-            SlotState::Ready(model) => Some(offer(slot, &model)),
-            _ => None,
-        });
         let shared = self.shared.iter().flat_map(|source| source.models());
         let shared = shared.filter_map(|model| model.nodes.into_iter().next().map(|node| node.offer));
-        let mut offers: Vec<ModelOffer> = own.chain(shared).collect();
+        let mut offers: Vec<ModelOffer> = self.own().chain(shared).collect();
         offers.sort_by(|one, other| one.name.cmp(&other.name));
         offers.dedup_by(|one, other| one.name == other.name);
         offers
+    }
+
+    fn loads(&self) -> Vec<(String, Load)> {
+        let shared = self.shared.iter().flat_map(|source| source.models());
+        let shared = shared.filter_map(|model| Some((model.name, model.nodes.into_iter().next()?.offer.load)));
+        self.own().map(|offer| (offer.name, offer.load)).chain(shared).collect()
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

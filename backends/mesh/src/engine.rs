@@ -19,15 +19,19 @@ use tokio::{sync::watch, time::timeout};
 
 use crate::{
     codec,
-    link::{self, Link, Use},
+    link::{self, Link, Parting, Use},
     node::{Node, endpoint_id},
     wire::{self, CALL_BYTES_MAX, Call, SAID_BYTES_MAX, Said},
 };
 
 /// How long a node may take to say whether it admits a request. It may have a long prompt to tokenize.
 const ADMISSION_MAX: Duration = Duration::from_secs(30);
+/// How long a node that there is no connection to may take to be reached by a request.
+const REACH_MAX: Duration = Duration::from_secs(3);
 /// Nodes that one request is brought to.
 const TRIES_MAX: usize = 4;
+/// Nodes that an error names.
+const NAMED_MAX: usize = 3;
 
 /// All offers of one model.
 pub struct Remote {
@@ -111,6 +115,8 @@ struct Way {
     tried: Vec<NodeId>,
     /// Why the last one did not serve it.
     last: Option<Rejection>,
+    /// Whether it met a connection that was just given up.
+    missed: bool,
 }
 
 /// A request that was admitted somewhere.
@@ -125,7 +131,7 @@ struct Begun {
 impl Way {
     fn new(node: Arc<Node>, model: String, subject: &Subject) -> Self {
         let (keys, prompt_tokens) = (affinity::keys(subject), affinity::prompt_tokens(subject));
-        Self { node, model, keys, prompt_tokens, answer_tokens_max: None, tried: Vec::new(), last: None }
+        Self { node, model, keys, prompt_tokens, answer_tokens_max: None, tried: Vec::new(), last: None, missed: false }
     }
 
     /// The node to ask next and what the model is called there, with a connection to it.
@@ -156,7 +162,11 @@ impl Way {
             let link = match (link, endpoint_id(id)) {
                 (Some(link), _) => Ok(link),
                 (None, Some(endpoint)) => {
-                    link::dial(&self.node, EndpointAddr::new(endpoint)).await.map_err(|error| error.to_string())
+                    let dialled = timeout(REACH_MAX, link::dial(&self.node, EndpointAddr::new(endpoint))).await;
+                    match dialled {
+                        Ok(dialled) => dialled.map_err(|error| error.to_string()),
+                        Err(_) => Err(format!("it was not reached within {} s", REACH_MAX.as_secs())),
+                    }
                 }
                 (None, None) => Err("it has no such id".to_owned()),
             };
@@ -224,6 +234,12 @@ impl Way {
 
     fn failed(&mut self, link: &Link, why: String) {
         let id = link.connection.remote_id();
+        let given_up = [Parting::Unneeded, Parting::Duplicate].iter().any(|why| why.ended(&link.connection));
+        if given_up && !std::mem::replace(&mut self.missed, true) {
+            // The node is there, and may be asked over a new connection.
+            self.tried.pop();
+            return;
+        }
         tracing::info!(node = %id.fmt_short(), why, "the request failed there before its answer began");
         self.node.counts.add(id, |count| count.failed += 1);
         self.last = Some(self.unreached(&self.name(id)));
@@ -249,7 +265,10 @@ impl Way {
     }
 
     fn nobody(&self) -> Rejection {
-        let what = format!("no node serves `{}` at the moment; try again, or see GET /v1/models", self.model);
+        let lost = self.node.state().directory.lost_offers(&self.model, self.node.now());
+        let lost: Vec<String> = lost.into_iter().map(|(name, _)| name).take(NAMED_MAX).collect();
+        let why = if lost.is_empty() { String::new() } else { format!(" ({} does not answer)", lost.join(", ")) };
+        let what = format!("no node serves `{}` at the moment{why}; try again, or see GET /v1/models", self.model);
         Rejection {
             retry_after: Some(Duration::from_secs(2)),
             ..Rejection::new(RejectionKind::Unavailable, "model_gone", what)

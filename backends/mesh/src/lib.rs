@@ -7,13 +7,16 @@
 //! What others offer and who is asked is decided by `mesh-peers`, purely.
 
 pub mod adverts;
+mod attend;
 pub mod codec;
 pub mod counts;
 pub mod engine;
 pub mod home;
 mod link;
+mod links;
 pub mod mesh;
 mod node;
+mod own;
 mod serving;
 mod tasks;
 pub mod ticket;

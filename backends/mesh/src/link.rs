@@ -3,15 +3,16 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use iroh::{
     EndpointAddr, EndpointId,
-    endpoint::{Connection, VarInt},
+    endpoint::{Connection, ConnectionError, VarInt},
 };
+use mesh_peers::cadence::PULSES_MISSED_MAX;
 use tokio::time::{sleep, timeout};
 
 use crate::{
@@ -22,6 +23,10 @@ use crate::{
 
 /// How long a connection may take until both sides know each other.
 pub const MEETING_MAX: Duration = Duration::from_secs(5);
+
+/// A connection over which nothing came for so long is closed, and what was under way over it has failed. Whoever is not heard
+/// counts as lost well before that.
+pub const SILENCE_MAX: Duration = Duration::from_secs(2);
 
 /// Why a connection was closed, in a word for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,12 +41,22 @@ pub enum Parting {
     Revoked = 4,
     /// The other side asks for more than it may.
     Greedy = 5,
+    /// This node opened the connection, and does not need it any more.
+    Unneeded = 6,
+    /// Nothing is heard of the other side.
+    Silent = 7,
 }
 
 impl Parting {
     /// Closes a connection for this reason. Strangers are told nothing else.
     pub fn close(self, connection: &Connection) {
         connection.close(VarInt::from_u32(self as u32), b"");
+    }
+
+    /// Whether the other side closed it for this reason.
+    pub fn ended(self, connection: &Connection) -> bool {
+        let code = VarInt::from_u32(self as u32);
+        matches!(connection.close_reason(), Some(ConnectionError::ApplicationClosed(close)) if close.error_code == code)
     }
 }
 
@@ -77,30 +92,70 @@ pub struct Link {
     pub dialler: EndpointId,
     /// When the other side was started, in milliseconds since 1970.
     pub incarnation: u64,
-    /// Requests that pass over it, either way.
-    uses: Arc<AtomicUsize>,
+    opened: Instant,
+    usage: Arc<Usage>,
+}
+
+/// What passes over a connection.
+#[derive(Debug, Default)]
+struct Usage {
+    /// Requests, either way.
+    now: AtomicUsize,
+    /// When the last one ended, in milliseconds since the connection was opened.
+    last_ms: AtomicU64,
+    /// When the last pulse came, likewise.
+    pulse_ms: AtomicU64,
+    /// When the one after that should come, likewise.
+    next_ms: AtomicU64,
 }
 
 /// A request that passes over a connection.
 #[derive(Debug)]
-pub struct Use(Arc<AtomicUsize>);
+pub struct Use {
+    opened: Instant,
+    usage: Arc<Usage>,
+}
 
 impl Drop for Use {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.usage.last_ms.store(self.opened.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.usage.now.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Link {
     /// Over a connection.
     pub fn new(connection: Connection, dialler: EndpointId, incarnation: u64) -> Self {
-        Self { connection, dialler, incarnation, uses: Arc::default() }
+        Self { connection, dialler, incarnation, opened: Instant::now(), usage: Arc::default() }
     }
 
     /// Notes that a request passes over it, until that is dropped.
     pub fn used(&self) -> Use {
-        self.uses.fetch_add(1, Ordering::Relaxed);
-        Use(self.uses.clone())
+        self.usage.now.fetch_add(1, Ordering::Relaxed);
+        Use { opened: self.opened, usage: self.usage.clone() }
+    }
+
+    /// Notes that a pulse came, and when the next one should.
+    pub fn heard(&self, next: Duration) {
+        let now = self.opened.elapsed();
+        self.usage.pulse_ms.store(now.as_millis() as u64, Ordering::Relaxed);
+        self.usage.next_ms.store((now + next).as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether nothing was heard over it for as long as a connection lasts, and for as long as several pulses take.
+    pub fn is_silent(&self) -> bool {
+        let [last, next] = [&self.usage.pulse_ms, &self.usage.next_ms].map(|time| time.load(Ordering::Relaxed));
+        let most = SILENCE_MAX.max(Duration::from_millis(next - last.min(next)) * PULSES_MISSED_MAX);
+        self.opened.elapsed().saturating_sub(Duration::from_millis(last)) > most
+    }
+
+    /// Time since it was used, or opened. Zero while it is used.
+    pub fn unused(&self) -> Duration {
+        if self.usage.now.load(Ordering::Relaxed) > 0 {
+            return Duration::ZERO;
+        }
+        let last = Duration::from_millis(self.usage.last_ms.load(Ordering::Relaxed));
+        self.opened.elapsed().saturating_sub(last)
     }
 
     /// Closes it once nothing passes over it any more. The other side may not know yet that there is another one.
@@ -111,7 +166,7 @@ impl Link {
                 _ = self.connection.closed() => return,
                 () = sleep(GRACE) => {}
             }
-            if self.uses.load(Ordering::Relaxed) == 0 {
+            if self.usage.now.load(Ordering::Relaxed) == 0 {
                 return Parting::Duplicate.close(&self.connection);
             }
         }
@@ -126,10 +181,17 @@ impl Link {
     }
 }
 
-/// Opens a connection to a node and makes acquaintance.
+/// Opens a connection to a node and makes acquaintance, unless there is one: whoever else tries the same is waited for. Two
+/// connections that the same side opened at the same time might be kept by one side each.
 pub async fn dial(node: &Arc<Node>, to: EndpointAddr) -> Result<Link, MeetError> {
     let unreached = |error: String| MeetError::Unreached(error);
+    let turn = node.turn(to.id);
     let meeting = async {
+        let _turn = turn.lock().await;
+        let there = node.state().links.get(&to.id).filter(|link| link.connection.close_reason().is_none()).cloned();
+        if let Some(link) = there {
+            return Ok(link);
+        }
         let connection =
             node.endpoint.connect(to, wire::ALPN).await.map_err(|error| unreached(format!("{error:#}")))?;
         match introduce(node, &connection).await {
@@ -151,7 +213,7 @@ async fn introduce(node: &Arc<Node>, connection: &Connection) -> Result<Card, Me
     if !theirs.is(&Proof::of(&node.membership.secret, connection, Side::Listener)?) {
         return Err(MeetError::Stranger);
     }
-    wire::write(&mut send, &node.card()).await?;
+    wire::write(&mut send, &node.card(connection.remote_id(), None)).await?;
     let card: Card = wire::expect(&mut recv, wire::CARD_BYTES_MAX).await?;
     node.admit(connection.remote_id(), &card)?;
     send.finish().ok();
@@ -170,7 +232,7 @@ pub async fn welcome(node: &Arc<Node>, connection: &Connection) -> Result<Link, 
         wire::write(&mut send, &Proof::of(&node.membership.secret, connection, Side::Listener)?).await?;
         let card: Card = wire::expect(&mut recv, wire::CARD_BYTES_MAX).await?;
         node.admit(connection.remote_id(), &card)?;
-        wire::write(&mut send, &node.card()).await?;
+        wire::write(&mut send, &node.card(connection.remote_id(), Some(&card))).await?;
         send.finish().ok();
         let dialler = connection.remote_id();
         node.meet(connection.clone(), dialler, card).ok_or(MeetError::Gone)

@@ -1,5 +1,8 @@
 //! A node's life: it joins, takes part, and leaves.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     sync::Arc,
@@ -26,6 +29,7 @@ use crate::{
     adverts::GOSSIP_BYTES_MAX,
     engine::Remote,
     home::{Denied, Home, HomeError, Membership},
+    link::SILENCE_MAX,
     node::{Admitted, Node, Parts},
     tasks::{self, Gate, Joining, Listening},
     ticket::Ticket,
@@ -34,11 +38,11 @@ use crate::{
 
 /// The UDP port that nodes listen on unless they are told another.
 pub const PORT: u16 = 9338;
-/// A connection over which nothing came for so long is lost. Shorter than the shortest lease.
-const IDLE_MAX: Duration = Duration::from_secs(4);
-const KEEP_ALIVE: Duration = Duration::from_secs(1);
+const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// Requests of one node that are answered at the same time.
 const STREAMS_MAX: u32 = 256;
+/// Messages of one node that are read at the same time.
+const MESSAGES_MAX: u32 = 16;
 /// How long joining may take.
 const JOINING_MAX: Duration = Duration::from_secs(15);
 
@@ -163,7 +167,7 @@ impl Mesh {
         {
             tracing::warn!(%error, "the list of revoked nodes on disk does not count");
         }
-        known.iter().for_each(|peer| node.see(peer.id));
+        known.iter().for_each(|peer| node.vouch(peer.id));
         let gossip = Gossip::builder().max_message_size(GOSSIP_BYTES_MAX).alpn(GOSSIP_ALPN).spawn(endpoint.clone());
         let mut router =
             Router::builder(endpoint).accept(ALPN, Listening::new(node.clone())).accept(GOSSIP_ALPN, gossip.clone());
@@ -221,11 +225,15 @@ impl Elsewhere for Mesh {
     }
 
     fn engine(&self, name: &str) -> Option<(EngineHandle, NodeOffer)> {
-        let candidates = self.node.state().directory.offers(name, self.node.now());
+        let (candidates, lost) = {
+            let (state, now) = (self.node.state(), self.node.now());
+            (state.directory.offers(name, now), state.directory.lost_offers(name, now))
+        };
+        let first = candidates.first().map(|first| (first.name.clone(), first.offer.clone()));
+        let (node, offer) = first.or_else(|| lost.into_iter().next())?;
         // What all of them take may be asked of whichever is chosen.
-        let first = candidates.first()?;
-        let mut offer = (*first.offer).clone();
-        for other in &candidates[1..] {
+        let mut offer = (*offer).clone();
+        for other in candidates.iter().skip(1) {
             let (ours, theirs) = (&mut offer.capabilities, &other.offer.capabilities);
             ours.knobs.retain(|knob| theirs.knobs.contains(knob));
             ours.context_tokens_max = ours.context_tokens_max.max(theirs.context_tokens_max);
@@ -233,7 +241,7 @@ impl Elsewhere for Mesh {
         }
         let device = Device { kind: DeviceKind::External, name: "mesh".into(), memory_bytes: None };
         let engine = Remote::new(self.node.clone(), name, &offer);
-        Some((EngineHandle::new(&INFO, device, Arc::new(engine)), NodeOffer { node: first.name.clone(), offer }))
+        Some((EngineHandle::new(&INFO, device, Arc::new(engine)), NodeOffer { node, offer }))
     }
 
     fn goes_there(&self, name: &str, here: Here) -> bool {
@@ -312,13 +320,14 @@ async fn endpoint(
     addresses: &MemoryLookup,
 ) -> Result<Endpoint, MeshError> {
     let network = |why: String| MeshError::Network { why };
-    let idle = IdleTimeout::try_from(IDLE_MAX).map_err(|error| network(error.to_string()))?;
+    let idle = IdleTimeout::try_from(SILENCE_MAX).map_err(|error| network(error.to_string()))?;
     let transport = QuicTransportConfig::builder()
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(KEEP_ALIVE)
-        .default_path_max_idle_timeout(IDLE_MAX)
+        .default_path_max_idle_timeout(SILENCE_MAX)
         .default_path_keep_alive_interval(KEEP_ALIVE)
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
+        .max_concurrent_uni_streams(VarInt::from_u32(MESSAGES_MAX))
         .build();
     let relay_mode = match relays {
         [] => RelayMode::Disabled,

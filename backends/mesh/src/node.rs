@@ -2,19 +2,16 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
     time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
 use iroh::{Endpoint, EndpointAddr, EndpointId, SecretKey, address_lookup::memory::MemoryLookup, endpoint::Connection};
-use mesh_core::node::{Local, ModelOffer};
+use mesh_core::node::Local;
 use mesh_peers::{
-    Affinity, Bounds, Directory, Heard, NodeId, Policy,
-    advert::{self, Advert, Loss, Pulse},
+    Affinity, Bounds, Directory, Heard, NodeId, Policy, Reach,
+    advert::{Loss, Pulse},
     cadence,
     directory::{Pulsed, Reported},
 };
@@ -22,10 +19,11 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    adverts::{ADDRESSES_MAX, Gossiped, Shown, Spoken},
+    adverts::{Gossiped, Shown, Spoken},
     counts::Counts,
     home::{Home, Membership},
     link::{Link, Parting},
+    own::Own,
     trust::{Judge, Revocations, Signed, TrustError},
     wire::{Budget, CARD_BYTES_MAX, Card},
 };
@@ -34,14 +32,8 @@ use crate::{
 pub const NEWS_MAX: usize = 256;
 /// Members whose adverts a card shows, in bytes.
 const CARD_ADVERTS_BYTES_MAX: usize = CARD_BYTES_MAX / 2;
-/// Nodes that are known and not connected to.
-const KNOWN_MAX: usize = 4096;
 /// Beginnings of conversations whose nodes are remembered.
 const PREFIXES_MAX: usize = 1 << 16;
-/// Longest pause between two attempts to reach a node: a partition that heals is noticed within it.
-const PAUSE_MAX: Duration = Duration::from_secs(4);
-const PAUSE_MIN: Duration = Duration::from_millis(250);
-
 /// Everything that is shared by a node's tasks.
 pub struct Node {
     /// Who it is.
@@ -77,9 +69,9 @@ pub struct Node {
     /// Asks for an advert now.
     pub speak: Notify,
     changes: watch::Sender<u64>,
-    key: SecretKey,
+    /// Its key.
+    pub key: SecretKey,
     began: Instant,
-    sequence: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -102,6 +94,9 @@ impl Admitted {
     }
 }
 
+/// Held by who connects to a node.
+pub type Turn = tokio::sync::Mutex<()>;
+
 /// What changes.
 pub struct State {
     /// Who belongs here.
@@ -113,18 +108,15 @@ pub struct State {
     /// The connections.
     pub links: HashMap<EndpointId, Link>,
     /// The latest adverts, as they came, to be passed on.
-    shown: BTreeMap<EndpointId, (Duration, Shown)>,
+    pub shown: BTreeMap<EndpointId, (Duration, Shown)>,
     /// Those that could be connected to.
-    known: BTreeMap<EndpointId, Known>,
-    /// What this node said last of itself, and what it offered then, by place.
-    own: Option<(Shown, Vec<ModelOffer>)>,
-}
-
-#[derive(Clone, Debug, Default)]
-struct Known {
-    failures: u32,
-    next: Duration,
-    dialling: bool,
+    pub reach: Reach,
+    /// Held by who connects to a node.
+    pub turns: HashMap<EndpointId, Arc<Turn>>,
+    /// Those that gossip goes through.
+    pub neighbours: BTreeSet<EndpointId>,
+    /// What this node said last of itself.
+    pub own: Option<Own>,
 }
 
 /// The parts of a node that are there before it runs.
@@ -159,7 +151,9 @@ impl Node {
             affinity: Affinity::new(PREFIXES_MAX),
             links: HashMap::new(),
             shown: BTreeMap::new(),
-            known: BTreeMap::new(),
+            reach: Reach::new(rand::random()),
+            turns: HashMap::new(),
+            neighbours: BTreeSet::new(),
             own: None,
         };
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -183,7 +177,6 @@ impl Node {
             changes: watch::Sender::new(0),
             key,
             began: Instant::now(),
-            sequence: AtomicU64::new(0),
             state: Mutex::new(state),
         };
         (Arc::new(node), said)
@@ -204,17 +197,24 @@ impl Node {
         self.changes.subscribe()
     }
 
-    fn changed(&self) {
+    /// Tells who waits that something has.
+    pub fn changed(&self) {
         self.changes.send_modify(|count| *count += 1);
     }
 
-    /// What it shows other members.
-    pub fn card(&self) -> Card {
+    /// What it shows another member, whose card it has seen or not: itself, and all the others as well where that node may
+    /// not have heard of them.
+    pub fn card(&self, to: EndpointId, theirs: Option<&Card>) -> Card {
         let now = self.now();
         let state = self.state();
-        let own = state.own.as_ref().map(|(own, _)| own.clone());
-        let mut latest: Vec<_> =
-            state.shown.values().filter(|(heard, _)| now.saturating_sub(*heard) < cadence::LEASE_MAX).collect();
+        let own = state.own.as_ref().map(|own| own.shown.clone());
+        let hears = state.directory.is_routable(&node_id(to), now)
+            && state
+                .directory
+                .latest(&node_id(to))
+                .is_some_and(|(known, _)| theirs.is_none_or(|theirs| theirs.incarnation <= known));
+        let latest = state.shown.values().filter(|_| !hears);
+        let mut latest: Vec<_> = latest.filter(|(heard, _)| now.saturating_sub(*heard) < cadence::LEASE_MAX).collect();
         latest.sort_by_key(|(heard, _)| std::cmp::Reverse(*heard));
         let mut bytes = 0;
         let others = latest
@@ -260,17 +260,22 @@ impl Node {
                 None => (link.clone(), None),
             };
             state.links.insert(id, kept.clone());
-            let known = state.known.entry(id).or_default();
-            *known = Known::default();
-            state.directory.reached(node_id(id), round_trip(&kept.connection), self.now());
+            state.reach.met(node_id(id));
             (kept, retired)
         };
         for shown in card.adverts {
             self.hear(shown);
         }
+        {
+            let mut state = self.state();
+            // What an earlier start offered is not there any more.
+            if state.directory.latest(&node_id(id)).is_some_and(|(known, _)| known == kept.incarnation) {
+                state.directory.reached(node_id(id), round_trip(&kept.connection), self.now());
+            }
+        }
         self.changed();
         tracing::debug!(node = %id.fmt_short(), "connected");
-        crate::tasks::attend(self, link);
+        crate::attend::attend(self, link);
         if let Some(retired) = retired {
             self.tasks.spawn(retired.retire());
         }
@@ -291,7 +296,16 @@ impl Node {
             }
             state.links.remove(&id);
             let now = self.now();
-            state.known.entry(id).or_default().next = now;
+            if Parting::Unneeded.ended(&link.connection) {
+                state.directory.closed(node_id(id));
+                return;
+            }
+            state.reach.parted(node_id(id), now);
+            if Parting::Duplicate.ended(&link.connection) {
+                // The node has another one, which is not known here: it is there, all the same.
+                state.directory.closed(node_id(id));
+                return;
+            }
             state.directory.lost(node_id(id), now)
         };
         tracing::debug!(node = %id.fmt_short(), "connection lost");
@@ -320,18 +334,24 @@ impl Node {
             };
             let age = Duration::from_millis(shown.age_ms.into());
             let at = now.saturating_sub(age);
+            let before = state.directory.latest(&node_id(id)).map(|(incarnation, _)| incarnation);
+            let started_anew = before.is_some_and(|before| before < advert.incarnation);
             let heard = state.directory.hear_aged(advert, age, now);
             match &heard {
                 Heard::New | Heard::Changed | Heard::Refreshed => {
                     self.addresses.set_endpoint_info(address);
                     state.shown.insert(id, (at, shown));
-                    if state.known.len() < KNOWN_MAX {
-                        state.known.entry(id).or_default();
+                    state.reach.vouch(node_id(id));
+                    if started_anew {
+                        state.affinity.forget(node_id(id));
+                    }
+                    if heard != Heard::Refreshed && !state.links.contains_key(&id) {
+                        state.reach.parted(node_id(id), now);
                     }
                 }
                 Heard::Left => {
                     state.shown.remove(&id);
-                    state.known.remove(&id);
+                    state.reach.forget(node_id(id));
                     state.affinity.forget(node_id(id));
                     self.addresses.remove_endpoint_info(id);
                 }
@@ -351,14 +371,16 @@ impl Node {
 
     /// Somebody says that a node was lost.
     pub fn hear_loss(&self, loss: Loss) {
-        if loss.node == node_id(self.id) {
-            // It is here: the next advert says so to all.
-            self.speak.notify_one();
-            return;
-        }
         let now = self.now();
-        if self.state().directory.report(&loss, now) != Reported::Ignored {
-            self.changed();
+        let (reported, said) = {
+            let mut state = self.state();
+            (state.directory.report(&loss, now), state.own.as_ref().map_or(0, |own| own.sequence))
+        };
+        match reported {
+            Reported::Believed => self.changed(),
+            // It is here: a later advert says so to all, unless one has already.
+            Reported::Mine if (loss.incarnation, loss.sequence) >= (self.incarnation, said) => self.speak.notify_one(),
+            Reported::Mine | Reported::Ignored => {}
         }
     }
 
@@ -366,6 +388,7 @@ impl Node {
     pub fn hear_pulse(&self, link: &Link, bytes: &Bytes) {
         match Pulse::decode(bytes) {
             Ok(pulse) => {
+                link.heard(Duration::from_millis(pulse.next_ms.into()));
                 let id = node_id(link.connection.remote_id());
                 let (way, now) = (round_trip(&link.connection), self.now());
                 let pulsed = self.state().directory.pulse(id, &pulse, way, now);
@@ -394,7 +417,7 @@ impl Node {
             state.directory.revoke(node_id(*id));
             state.affinity.forget(node_id(*id));
             state.shown.remove(id);
-            state.known.remove(id);
+            state.reach.forget(node_id(*id));
             if let Some(link) = state.links.remove(id) {
                 Parting::Revoked.close(&link.connection);
             }
@@ -407,121 +430,6 @@ impl Node {
             self.changed();
         }
         Ok(later)
-    }
-
-    /// What this node offers at this moment, signed.
-    pub fn advert(&self, leaving: bool) -> Shown {
-        let mut offers = match self.local.get() {
-            Some(local) if !leaving => local.offers(),
-            _ => Vec::new(),
-        };
-        if offers.len() > advert::OFFERS_MAX {
-            tracing::warn!(
-                models = offers.len(),
-                max = advert::OFFERS_MAX,
-                "more models are ready than can be offered"
-            );
-            offers.truncate(advert::OFFERS_MAX);
-        }
-        let members = self.state().directory.len() + 1;
-        let advert = Advert {
-            version: advert::VERSION,
-            node: node_id(self.id),
-            name: self.name.clone(),
-            incarnation: self.incarnation,
-            sequence: self.sequence.fetch_add(1, Ordering::Relaxed) + 1,
-            lease_ms: millis(cadence::lease(members)),
-            leaving,
-            offers: offers.iter().cloned().map(Arc::new).collect(),
-        };
-        let mut at = self.endpoint.addr();
-        at.addrs = at.addrs.into_iter().take(ADDRESSES_MAX).collect();
-        let shown = Shown {
-            node: self.id,
-            certificate: self.membership.certificate.clone(),
-            spoken: Signed::new(&self.key, &Spoken { advert, at }),
-            age_ms: 0,
-        };
-        self.state().own = Some((shown.clone(), offers));
-        shown
-    }
-
-    /// How busy it is, for those who are connected.
-    pub fn pulse(&self) -> Bytes {
-        let now = self.local.get().map(|local| local.offers()).unwrap_or_default();
-        let state = self.state();
-        let load = |said: &ModelOffer| now.iter().find(|offer| offer.name == said.name).map(|offer| offer.load);
-        let said = state.own.as_ref().map(|(_, offers)| offers.as_slice()).unwrap_or_default();
-        let loads = said.iter().enumerate().filter_map(|(at, said)| Some((u16::try_from(at).ok()?, load(said)?)));
-        let pulse = Pulse {
-            incarnation: self.incarnation,
-            sequence: self.sequence.load(Ordering::Relaxed),
-            next_ms: millis(cadence::PULSE_IDLE),
-            loads: loads.collect(),
-        };
-        pulse.encode().into()
-    }
-
-    /// Forgets whose lease is over.
-    pub fn expire(&self) {
-        let now = self.now();
-        let mut state = self.state();
-        let expired = state.directory.expire(now);
-        for id in &expired {
-            if let Ok(id) = EndpointId::from_bytes(&id.0) {
-                state.shown.remove(&id);
-            }
-        }
-        drop(state);
-        if !expired.is_empty() {
-            self.changed();
-        }
-    }
-
-    /// Somebody who may be a member was seen.
-    pub fn see(&self, id: EndpointId) {
-        let mut state = self.state();
-        if id != self.id && !state.judge.is_revoked(&id) && state.known.len() < KNOWN_MAX {
-            let now = self.now();
-            let known = state.known.entry(id).or_default();
-            known.next = known.next.min(now);
-        }
-    }
-
-    /// Nodes to be connected to now, at most `most` of them, those first whose adverts were heard: anybody may announce
-    /// himself on a network, as often as he likes. Whoever asks has to say how it went.
-    pub fn to_dial(&self, most: usize) -> Vec<EndpointId> {
-        let now = self.now();
-        let mut state = self.state();
-        let State { known, links, shown, .. } = &mut *state;
-        let due = known.iter().filter(|(id, known)| !known.dialling && known.next <= now && !links.contains_key(*id));
-        let mut due: Vec<_> = due.map(|(id, known)| (!shown.contains_key(id), known.next, *id)).collect();
-        due.sort_unstable();
-        let due: Vec<EndpointId> = due.into_iter().map(|(.., id)| id).take(most).collect();
-        for id in &due {
-            if let Some(known) = known.get_mut(id) {
-                known.dialling = true;
-            }
-        }
-        due
-    }
-
-    /// How an attempt went.
-    pub fn dialled(&self, id: EndpointId, reached: bool) {
-        let now = self.now();
-        let mut state = self.state();
-        let forgotten = !state.shown.contains_key(&id);
-        if let Some(known) = state.known.get_mut(&id) {
-            known.dialling = false;
-            known.failures = if reached { 0 } else { known.failures.saturating_add(1) };
-            // Not all at once, and not the two of a pair at the same time.
-            let pause = PAUSE_MIN.saturating_mul(1 << known.failures.min(10)).min(PAUSE_MAX);
-            known.next = now + pause.mul_f64(0.75 + 0.5 * rand::random::<f64>());
-            // Strangers on the network are not asked for ever.
-            if forgotten && known.failures > 1000 {
-                state.known.remove(&id);
-            }
-        }
     }
 
     /// Where those are that it is connected to, to be remembered.
@@ -552,6 +460,7 @@ fn round_trip(connection: &Connection) -> Option<Duration> {
     connection.paths().iter().find(|path| path.is_selected()).map(|path| path.rtt())
 }
 
-fn millis(duration: Duration) -> u32 {
+/// In whole milliseconds.
+pub fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }

@@ -23,20 +23,17 @@ use tokio::{
 use crate::{
     adverts::Gossiped,
     home::{Denied, Home},
-    link::{self, Link, MEETING_MAX, MeetError, Parting},
+    link::{self, MEETING_MAX, MeetError, Parting},
     node::{Admitted, Node},
-    serving,
     wire::{self, GOSSIP_ALPN, Join, Joined, STRANGER_BYTES_MAX},
 };
 
 /// Connections of strangers that are listened to at the same time.
 const STRANGERS_MAX: usize = 64;
-/// Connections that are opened at the same time.
-const DIALS_MAX: usize = 8;
-/// Connections that are kept to others without being asked; beyond, gossip and requests make theirs.
-const LINKS_WANTED: usize = 48;
 /// Changes that come together are told together.
 const GATHER: Duration = Duration::from_millis(20);
+/// How often a node looks after leases, pulses and connections.
+const TICK: Duration = Duration::from_millis(100);
 /// How often the files are looked at that commands change.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -144,39 +141,6 @@ impl ProtocolHandler for Joining {
     }
 }
 
-/// Everything that happens over a connection to a member: pulses both ways, and its requests.
-pub fn attend(node: &Arc<Node>, link: Link) {
-    let (node, tasks) = (node.clone(), node.tasks.clone());
-    tasks.spawn(async move {
-        let mut beat = interval(cadence::PULSE_IDLE);
-        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let connection = &link.connection;
-        loop {
-            tokio::select! {
-                () = node.over.cancelled() => {
-                    Parting::Leaving.close(connection);
-                    break;
-                }
-                _ = beat.tick() => {
-                    // One that does not fit is left out: the connection is alive all the same.
-                    connection.send_datagram(node.pulse()).ok();
-                }
-                datagram = connection.read_datagram() => match datagram {
-                    Ok(bytes) => node.hear_pulse(&link, &bytes),
-                    Err(_) => break,
-                },
-                stream = connection.accept_bi() => match stream {
-                    Ok((send, recv)) => {
-                        node.tasks.spawn(serving::serve(node.clone(), link.clone(), send, recv));
-                    }
-                    Err(_) => break,
-                },
-            }
-        }
-        node.part(&link);
-    });
-}
-
 /// Starts them.
 pub fn start(node: &Arc<Node>, gossip: &Gossip, mdns: Option<MdnsAddressLookup>, news: mpsc::Receiver<Gossiped>) {
     node.tasks.spawn(talk(node.clone(), gossip.clone(), news));
@@ -200,6 +164,7 @@ async fn talk(node: Arc<Node>, gossip: Gossip, mut news: mpsc::Receiver<Gossiped
                 return;
             }
         };
+        node.alone();
         let done = tokio::select! {
             () = node.over.cancelled() => true,
             () = chat(&node, topic, &mut news) => false,
@@ -226,9 +191,17 @@ async fn chat(node: &Arc<Node>, topic: GossipTopic, news: &mut mpsc::Receiver<Go
                 }
             }
             event = receiver.next() => match event {
-                Some(Ok(Event::Received(message))) => hear(node, &message.content),
-                Some(Ok(Event::NeighborUp(_))) => node.speak.notify_one(),
-                Some(Ok(Event::NeighborDown(_))) => {}
+                Some(Ok(Event::Received(message))) => match Gossiped::decode(&message.content) {
+                    Ok(said) => hear(node, said),
+                    Err(error) => tracing::debug!(%error, "gossip that cannot be read"),
+                },
+                Some(Ok(Event::NeighborUp(id))) => {
+                    // Before there was a neighbour, nobody heard what this node said.
+                    if node.neighbour(id, true) == 1 {
+                        node.speak.notify_one();
+                    }
+                }
+                Some(Ok(Event::NeighborDown(id))) => drop(node.neighbour(id, false)),
                 Some(Ok(Event::Lagged)) | Some(Err(_)) | None => return,
             },
             // Whoever is connected and no neighbour may be one: gossip decides how many it needs.
@@ -250,16 +223,16 @@ async fn befriend(node: &Arc<Node>, sender: &GossipSender, receiver: &GossipRece
     }
 }
 
-fn hear(node: &Arc<Node>, bytes: &[u8]) {
-    match Gossiped::decode(bytes) {
-        Ok(Gossiped::Advert(shown)) => node.hear(*shown),
-        Ok(Gossiped::Loss(loss)) => node.hear_loss(loss),
-        Ok(Gossiped::Revocations(list)) => {
+/// Hears what somebody tells everybody.
+pub fn hear(node: &Node, said: Gossiped) {
+    match said {
+        Gossiped::Advert(shown) => node.hear(*shown),
+        Gossiped::Loss(loss) => node.hear_loss(loss),
+        Gossiped::Revocations(list) => {
             if let Err(error) = node.hear_revocations(&list) {
                 tracing::debug!(%error, "a list of revoked nodes does not count");
             }
         }
-        Err(error) => tracing::debug!(%error, "gossip that cannot be read"),
     }
 }
 
@@ -283,35 +256,40 @@ async fn advertise(node: Arc<Node>) {
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
+        let new = tokio::select! {
             () = node.over.cancelled() => return,
-            () = changed => {}
-            () = node.speak.notified() => sleep(GATHER).await,
-            () = sleep_until(began + cadence::heartbeat(members)) => {}
-        }
+            () = changed => true,
+            () = node.speak.notified() => {
+                sleep(GATHER).await;
+                true
+            }
+            () = sleep_until(began + cadence::heartbeat(members)) => false,
+        };
         began = Instant::now();
-        let shown = node.advert(false);
-        node.news.send(Gossiped::Advert(Box::new(shown))).await.ok();
+        if new {
+            node.announce(false).await;
+        } else {
+            let shown = node.advert(false);
+            node.news.send(Gossiped::Advert(Box::new(shown))).await.ok();
+        }
     }
 }
 
-/// Connects to those it should be connected to.
+/// Looks after leases and pulses, and connects to those it should be connected to.
 async fn reach(node: Arc<Node>) {
-    let mut tick = interval(Duration::from_millis(100));
+    let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let places = Arc::new(Semaphore::new(DIALS_MAX));
+    let mut before = Instant::now();
     loop {
         tokio::select! {
             () = node.over.cancelled() => return,
             _ = tick.tick() => {}
         }
-        node.expire();
-        let links = node.state().links.len();
-        for id in node.to_dial(LINKS_WANTED.saturating_sub(links).min(places.available_permits())) {
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                node.dialled(id, false);
-                continue;
-            };
+        let (since, now) = (before.elapsed(), Instant::now());
+        before = now;
+        node.listen(since.saturating_sub(TICK));
+        node.give_up();
+        for id in node.to_dial() {
             let node = node.clone();
             node.tasks.clone().spawn(async move {
                 let outcome = link::dial(&node, EndpointAddr::new(id)).await;
@@ -319,7 +297,6 @@ async fn reach(node: Arc<Node>) {
                     tracing::trace!(node = %id.fmt_short(), %error, "not reached");
                 }
                 node.dialled(id, outcome.is_ok());
-                drop(place);
             });
         }
     }
@@ -381,8 +358,7 @@ pub async fn leave(node: &Arc<Node>) {
     if node.over.is_cancelled() {
         return;
     }
-    let shown = node.advert(true);
-    node.news.send(Gossiped::Advert(Box::new(shown))).await.ok();
+    node.announce(true).await;
     sleep(Duration::from_millis(200)).await;
     node.over.cancel();
 }

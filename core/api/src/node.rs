@@ -308,6 +308,11 @@ pub trait Local: Send + Sync {
     /// What is ready at this moment.
     fn offers(&self) -> Vec<ModelOffer>;
 
+    /// How busy that is, by name. This is asked several times a second, and should cost little.
+    fn loads(&self) -> Vec<(String, Load)> {
+        self.offers().into_iter().map(|offer| (offer.name, offer.load)).collect()
+    }
+
     /// Changes whenever something became ready or is not any more.
     fn changes(&self) -> watch::Receiver<u64>;
 
@@ -327,7 +332,7 @@ pub trait Elsewhere: Send + Sync {
     fn models(&self) -> Vec<RemoteModel>;
 
     /// An engine for the model of that name, or for the one on a certain machine (`model@node`); `None` if nobody offers
-    /// it. Its prompts are [`PromptForm::Chat`](crate::PromptForm); each request finds its own way.
+    /// it. Where those who did were lost just now, it turns requests down with the advice to try again. Its prompts are [`PromptForm::Chat`](crate::PromptForm); each request finds its own way.
     fn engine(&self, name: &str) -> Option<(EngineHandle, NodeOffer)>;
 
     /// Whether a request for the model goes there, though the model is here as well.

@@ -214,6 +214,21 @@ impl Pulse {
         encode(self)
     }
 
+    /// As so many bytes at most: with as many loads as fit, from a certain one on. That it comes matters more than what it
+    /// says.
+    pub fn encode_within(&self, bytes_max: usize, from: usize) -> Vec<u8> {
+        let whole = self.encode();
+        if whole.len() <= bytes_max || self.loads.is_empty() {
+            return whole;
+        }
+        let mut loads = self.loads.clone();
+        loads.rotate_left(from % self.loads.len());
+        let longest = loads.iter().map(|load| encode(load).len()).max().unwrap_or(1);
+        let others = whole.len() - loads.iter().map(|load| encode(load).len()).sum::<usize>();
+        loads.truncate(bytes_max.saturating_sub(others) / longest);
+        Self { loads, ..self.clone() }.encode()
+    }
+
     /// From bytes, within every bound.
     pub fn decode(bytes: &[u8]) -> Result<Self, AdvertError> {
         let pulse: Self = decode(bytes, MESSAGE_BYTES_MAX)?;

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     NodeId,
     advert::{Advert, Held, Loss, OFFERS_MAX, Pulse, Snapshot},
-    cadence::{PULSE_IDLE, PULSES_MISSED_MAX},
+    cadence::{PULSE_IDLE, PULSE_USED, PULSES_MISSED_MAX},
 };
 
 pub use look::NodeRow;
@@ -116,7 +116,7 @@ pub enum Pulsed {
 pub enum Reported {
     /// The node is not routed to any more.
     Believed,
-    /// Nothing: it is connected here, was heard of since, or is known to be lost.
+    /// Nothing: it is connected here and was heard just now, or was heard of since, or is known to be lost.
     Ignored,
     /// It is this node: it has to advertise anew, with a later sequence.
     Mine,
@@ -141,6 +141,14 @@ struct Member {
 struct Due {
     at: Duration,
     interval: Duration,
+}
+
+impl Due {
+    /// Whether the latest pulse is so old that somebody else's word counts for more. Those who hear few pulses of a node
+    /// believe those who hear many of it.
+    fn is_doubtful(&self, now: Duration) -> bool {
+        now + self.interval > self.at + self.interval.min(PULSE_USED) * (PULSES_MISSED_MAX - 1)
+    }
 }
 
 impl Member {
@@ -341,7 +349,7 @@ impl Directory {
         match self.members.get_mut(&loss.node) {
             Some(member)
                 if !member.lost
-                    && member.due.is_none_or(|due| now > due.at + due.interval)
+                    && member.due.is_none_or(|due| due.is_doubtful(now))
                     && !member.advert.is_later_than(loss.incarnation, loss.sequence) =>
             {
                 member.lost = true;
@@ -384,6 +392,15 @@ impl Directory {
         let missed = |due: Due| now > due.at + due.interval * (PULSES_MISSED_MAX - 1);
         let due = |node: &NodeId| self.members.get(node).and_then(|member| member.due);
         self.connected.iter().filter(|node| due(node).is_some_and(missed)).copied().collect()
+    }
+
+    /// This node itself heard nothing for so long, since it was not given time to listen: no pulse is late by that.
+    pub fn stood_still(&mut self, time: Duration) {
+        for node in &self.connected {
+            if let Some(due) = self.members.get_mut(node).and_then(|member| member.due.as_mut()) {
+                due.at += time;
+            }
+        }
     }
 
     /// Those that were lost, or whose leases ended: after a partition they may be there, and nobody here would know unless

@@ -6,6 +6,7 @@
 //! - [`policy`]: who is asked, and whether anybody is.
 //! - [`affinity`]: who has seen the beginning of a conversation.
 //! - [`cadence`]: how often nodes speak.
+//! - [`reach`]: who is connected to, and which connections are given up.
 
 pub mod advert;
 pub mod affinity;
@@ -13,6 +14,7 @@ pub mod cadence;
 pub mod directory;
 mod id;
 pub mod policy;
+pub mod reach;
 #[cfg(test)]
 mod samples;
 
@@ -22,3 +24,4 @@ pub use cadence::{heartbeat, lease};
 pub use directory::{Bounds, Directory, Heard};
 pub use id::{NodeId, NodeIdError};
 pub use policy::{Asked, Candidate, Choice, Expected, Place, Policy, choose, expect, place};
+pub use reach::{Reach, Standing};

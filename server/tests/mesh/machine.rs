@@ -12,8 +12,11 @@ use serde_json::{Value, json};
 
 /// How long anything may take that should not take long, on a machine that does much else.
 pub const SOON: Duration = Duration::from_secs(30);
-/// How long a request to a machine may take that is gone. It says how long in the mesh a loss goes unnoticed, and a little more.
-pub const LEASE: Duration = Duration::from_secs(6);
+/// The lease of three machines: so long one that is gone may be asked, a request to it take, and one that is ready again
+/// go unused.
+pub const LEASE: Duration = Duration::from_secs(5);
+/// After this the lease of a machine is over, however late its last pulse was.
+pub const LEASE_OVER: Duration = Duration::from_secs(6);
 
 /// The directory of goldens, or a reason to skip.
 pub fn golden(name: &str) -> Option<PathBuf> {
@@ -185,6 +188,16 @@ impl Drop for Machine {
             eprintln!("--- {} said:\n{}", self.name, self.log.lock().unwrap());
         }
     }
+}
+
+/// How long something takes that may take as long as a lease.
+pub fn within_lease(what: &str, began: Instant, mut come: impl FnMut() -> bool) {
+    while !come() {
+        assert!(began.elapsed() < LEASE, "not within {LEASE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    println!("{what}: after {:?}", began.elapsed());
+    assert!(began.elapsed() < LEASE, "after {:?}: {what}", began.elapsed());
 }
 
 /// Waits for something that comes soon.

@@ -1,5 +1,6 @@
 //! Machines that serve for one another, as processes: they join, die, come back, and are told apart from strangers.
 
+mod conversation;
 mod machine;
 #[cfg(target_os = "linux")]
 mod spaces;
@@ -11,7 +12,7 @@ use std::{
     time::Instant,
 };
 
-use machine::{LEASE, Machine, golden, wait_for};
+use machine::{LEASE, LEASE_OVER, Machine, golden, wait_for, within_lease};
 use serde_json::json;
 
 /// Three machines' models: one of its own each, and one that the last two both have.
@@ -87,29 +88,45 @@ fn three_machines_are_one_endpoint() {
     let (_, way) = machines[1].get("/v1/mesh/routes/common");
     assert!(way["elsewhere"] == false && way["why"] == "ready here" && way["machines"][0].as_str().is_some(), "{way}");
 
-    // One dies and says nothing: what it alone has is refused within the lease, what others have too is answered.
+    // One dies and says nothing: the next requests for what it alone has are refused within the lease, and what others have too
+    // is answered.
     machines[2].kill();
     let killed = Instant::now();
-    while let Ok(_) | Err((503, _)) = machines[0].complete("gamma", "x") {
-        assert!(killed.elapsed() < LEASE * 3, "it is still listed");
-        if killed.elapsed() > LEASE {
-            break;
-        }
+    std::thread::scope(|scope| {
+        let common = scope.spawn(|| machines[0].complete("common", "Once upon a time"));
+        scope.spawn(|| {
+            let noticed = || machines[..2].iter().all(|machine| machine.models().len() == 3);
+            within_lease("its loss is noticed by all", killed, noticed);
+        });
+        let (status, code) = machines[0].complete("gamma", "x").unwrap_err();
+        println!("the next request for its model: {status} {code} after {:?}", killed.elapsed());
+        assert!(status == 503 && !code.is_empty() && killed.elapsed() < LEASE, "{status} {code}");
+        assert_eq!(common.join().unwrap().as_ref(), Ok(&alone["common"]));
+        println!("the next request for what others have, too: answered after {:?}", killed.elapsed());
+        assert!(killed.elapsed() < LEASE);
+    });
+    while killed.elapsed() < LEASE_OVER {
+        let asked = Instant::now();
+        let refused = machines[0].complete("gamma", "x").unwrap_err();
+        // Once its lease is over, nobody has ever heard of it.
+        assert!(matches!(refused.0, 503 | 404) && !refused.1.is_empty(), "{refused:?}");
+        assert_eq!(machines[0].complete("common", "Once upon a time").as_ref(), Ok(&alone["common"]));
+        assert!(asked.elapsed() < LEASE, "it hangs");
     }
     assert_eq!(machines[0].complete("gamma", "x").unwrap_err(), (404, "model_not_found".into()));
-    for _ in 0..4 {
-        assert_eq!(machines[0].complete("common", "Once upon a time").as_ref(), Ok(&alone["common"]));
-    }
     // It comes back, a member still, and is used again.
     machines[2].start(None);
-    wait_for("it is back", || machines[0].complete("gamma", "Once upon a time").as_ref() == Ok(&alone["gamma"]));
+    wait_for("it is ready", || machines[2].complete("gamma", "Once upon a time").as_ref() == Ok(&alone["gamma"]));
+    within_lease("it is used again", Instant::now(), || {
+        machines[..2].iter().all(|other| other.complete("gamma", "Once upon a time").as_ref() == Ok(&alone["gamma"]))
+    });
 
     // Revoked, it hears nothing any more, and nobody hears of it.
     machines[0].done(&["mesh", "revoke", "three", "--url", &url]);
     wait_for("it is revoked", || machines[0].models().len() == 3 && machines[2].models().len() == 2);
     machines[2].kill();
     machines[2].start(None);
-    std::thread::sleep(LEASE);
+    std::thread::sleep(LEASE_OVER);
     assert_eq!((machines[0].models().len(), machines[2].models().len()), (3, 2));
     let (left, said) = machines[1].run(&["mesh", "leave"]);
     assert!(left && said.contains("left the mesh `home`"), "{said}");

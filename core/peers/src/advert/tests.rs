@@ -205,3 +205,21 @@ fn snapshots_are_cut_where_they_would_be_too_long() {
     let read = snapshots.iter().flat_map(|snapshot| Snapshot::decode(&snapshot.encode()).unwrap().held);
     assert!(read.eq(all));
 }
+
+#[test]
+fn a_pulse_of_many_models_fits_all_the_same() {
+    let busy = Load { running: 3, waiting: 70_000, prefill_per_s: Some(0.1), decode_per_s: Some(20.5) };
+    let loads: Vec<_> = (0..OFFERS_MAX as u16).map(|place| (place, busy)).collect();
+    let pulse = Pulse { incarnation: u64::MAX, sequence: 1 << 40, next_ms: 250, loads };
+    assert_eq!(pulse.encode_within(MESSAGE_BYTES_MAX, 3), pulse.encode());
+    let mut seen = BTreeSet::new();
+    for from in 0..OFFERS_MAX {
+        let bytes = pulse.encode_within(1100, from);
+        assert!(bytes.len() <= 1100);
+        let some = Pulse::decode(&bytes).unwrap();
+        assert!(some.loads.len() > 5 && some.loads.len() < OFFERS_MAX, "{}", some.loads.len());
+        seen.extend(some.loads.iter().map(|(place, _)| *place));
+    }
+    assert_eq!(seen.len(), OFFERS_MAX, "each has its turn");
+    assert_eq!(Pulse::decode(&pulse.encode_within(10, 0)).unwrap().loads, []);
+}

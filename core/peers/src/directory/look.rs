@@ -70,6 +70,24 @@ impl Directory {
         addressed.into_iter().collect()
     }
 
+    /// What those are called that offer a model, by its name or by `name@node`, and are lost, and what they offer: before their
+    /// leases are over they may well come back.
+    pub fn lost_offers(&self, model: &str, now: Duration) -> Vec<(String, Arc<ModelOffer>)> {
+        let lost = |member: &Member, model: &str| {
+            let offer = member.offers().iter().find(|offer| offer.name == model)?;
+            (member.lost && now < member.expires).then(|| (member.advert.name.clone(), offer.clone()))
+        };
+        let found: Vec<_> = self.members.values().filter_map(|member| lost(member, model)).collect();
+        if !found.is_empty() {
+            return found;
+        }
+        let addressed = model.rsplit_once('@').and_then(|(model, node)| {
+            let member = self.members.get(&self.named(node)?)?;
+            lost(member, model)
+        });
+        addressed.into_iter().collect()
+    }
+
     /// The one node of that name or id, full or short, or as [`nodes`](Self::nodes) calls it.
     pub fn named(&self, text: &str) -> Option<NodeId> {
         if let Ok(id) = text.parse() {

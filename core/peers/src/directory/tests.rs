@@ -124,6 +124,28 @@ fn what_others_lost_is_believed_unless_it_is_here() {
 }
 
 #[test]
+fn who_hears_few_pulses_of_a_node_believes_those_who_hear_many() {
+    for next_ms in [250, 1000, 10_000] {
+        let mut directory = directory();
+        directory.hear(advert(1, 1, 3, &["a"]), at(0));
+        directory.pulse(node(1), &Pulse { incarnation: 1, sequence: 3, next_ms, loads: Vec::new() }, None, at(100));
+        let loss = Loss { node: node(1), incarnation: 1, sequence: 3 };
+        assert_eq!(directory.report(&loss, at(600)), Reported::Ignored, "{next_ms}: it was heard just now");
+        assert_eq!(directory.report(&loss, at(601)), Reported::Believed, "{next_ms}");
+        let lost = |directory: &Directory, model: &str, now: u64| -> Vec<String> {
+            directory.lost_offers(model, at(now)).into_iter().map(|(name, _)| name).collect()
+        };
+        assert_eq!(lost(&directory, "a", 601), ["node-1"]);
+        assert_eq!(lost(&directory, "a@node-1", 601), ["node-1"]);
+        assert_eq!(lost(&directory, "b", 601), [""; 0]);
+        // Its lease began with its latest pulse.
+        assert_eq!(lost(&directory, "a", 5100), [""; 0], "and its lease is over");
+        directory.reached(node(1), None, at(700));
+        assert_eq!(lost(&directory, "a", 700), [""; 0], "and it is there");
+    }
+}
+
+#[test]
 fn pulses_bring_loads_and_prolong_the_lease() {
     let mut directory = directory();
     directory.hear(advert(1, 1, 0, &["a", "b"]), at(0));
@@ -155,7 +177,11 @@ fn a_connection_that_is_quiet_is_noticed() {
     directory.pulse(node(1), &pulse, None, at(1000));
     assert_eq!(directory.quiet(at(1600)), []);
     assert_eq!(directory.quiet(at(1601)), [node(1)]);
-    directory.lost(node(1), at(1601));
+    // A node that stood still itself has nobody to blame.
+    directory.stood_still(at(300));
+    assert_eq!(directory.quiet(at(1900)), []);
+    assert_eq!(directory.quiet(at(1901)), [node(1)]);
+    directory.lost(node(1), at(1901));
     assert_eq!(directory.quiet(at(9000)), []);
 }
 
@@ -324,12 +350,12 @@ impl Should {
                     let lease = at(advert.lease_ms.into());
                     self.until = if same { self.until.max(now + lease) } else { self.until };
                     self.lost = !same;
-                    self.expected = Some(now + at(2000));
+                    self.expected = Some(now + PULSE_USED * 2);
                 }
             }
             Step::Reached(_) if self.held(now).is_some() => {
                 self.lost = false;
-                self.expected = Some(now + PULSE_IDLE * 2);
+                self.expected = Some(now + PULSE_USED * 2);
             }
             Step::Lost(_) if self.held(now).is_some() => {
                 self.lost = true;

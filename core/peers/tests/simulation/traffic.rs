@@ -25,7 +25,7 @@ const TURNS: usize = 10;
 const CONVERSATIONS: usize = 3;
 
 /// How long a node tries to reach another before it counts as lost.
-const TRY: Duration = Duration::from_secs(1);
+const TRY: Duration = Duration::from_secs(2);
 
 /// Times that a request is sent.
 const TRIES: u32 = 3;
@@ -237,7 +237,7 @@ impl World {
         } else {
             self.outcome.later += 1;
         }
-        self.link(from, to);
+        self.link(from, to, self.now);
         self.peers[to].begun(model);
         let time = self.setup.answer.mul_f64(self.rng.random_range(0.3..2.0));
         self.schedule(time, to, What::Done(model));
@@ -278,8 +278,12 @@ impl World {
     }
 
     pub fn failed(&mut self, request: Request, dead: bool) {
-        if dead {
+        if dead && request.connected {
             self.lost(request.from, request.to);
+        } else if dead {
+            // Others may reach it, and those who watch it tell if it is gone.
+            let now = self.now;
+            self.peers[request.from].directory.lost(id_of(request.to), now);
         }
         if request.tried.len() < TRIES as usize {
             self.route(request);

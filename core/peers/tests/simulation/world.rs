@@ -16,6 +16,7 @@ use mesh_peers::{
     advert::{News, Snapshot},
     cadence,
     directory::Reported,
+    reach::{Kept, LINKS_WANTED, surplus},
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::time::Instant;
@@ -36,12 +37,6 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// How often a node tries to reach one of those that are missing.
 const PROBE: Duration = Duration::from_secs(10);
-
-/// Connections that a node keeps to those it routes to.
-const LINKS_MAX: usize = 32;
-
-/// For how long, when they are not used.
-const LINK_KEPT: Duration = Duration::from_secs(120);
 
 /// Bytes of UDP, IP and QUIC around a message.
 const PACKET_BYTES: usize = 70;
@@ -452,7 +447,6 @@ impl World {
     pub fn lost(&mut self, node: usize, other: usize) {
         let (peer, now) = (&mut self.peers[node], self.now);
         peer.links.remove(&other);
-        peer.affinity.forget(id_of(other));
         if let Some(loss) = peer.directory.lost(id_of(other), now) {
             self.broadcast(node, &News::Loss(loss));
         }
@@ -476,10 +470,25 @@ impl World {
                 self.schedule(self.latency(node, to), to, What::Pulse(node, Arc::new(pulse)));
             }
         }
-        let old: Vec<_> =
-            self.peers[node].links.iter().filter(|(_, link)| now - link.used > LINK_KEPT).map(|(to, _)| *to).collect();
-        for to in old {
-            self.unlink(node, to);
+        let peer = &self.peers[node];
+        let links = peer.links.iter().map(|(to, link)| (*to, true, now - link.used));
+        let others = peer.neighbours.iter().chain(peer.watchers.keys()).filter(|to| !peer.links.contains_key(to));
+        let others = others.copied().collect::<BTreeSet<_>>().into_iter().map(|to| (to, false, now));
+        let kept: Vec<Kept> = links
+            .chain(others)
+            .map(|(to, own, unused)| Kept { node: id_of(to), own, neighbour: peer.neighbours.contains(&to), unused })
+            .collect();
+        for to in surplus(&kept) {
+            self.unlink(node, index_of(&to));
+        }
+        if kept.len() < LINKS_WANTED
+            && let Some(other) = self.any_living()
+            && other != node
+            && !self.peers[node].connected(other)
+            && self.routes(node, other)
+            && self.reaches(node, other)
+        {
+            self.link(node, other, now.saturating_sub(cadence::USED));
         }
         if self.peers[node].probe_at <= now {
             self.peers[node].probe_at = now + PROBE.mul_f64(self.rng.random_range(0.5..1.5));
@@ -503,19 +512,15 @@ impl World {
         }
     }
 
-    /// A request got through: there is a connection now.
-    pub fn link(&mut self, from: usize, to: usize) {
+    /// There is a connection from one to another, last used at that time.
+    pub fn link(&mut self, from: usize, to: usize, used: Duration) {
         let now = self.now;
         let round_trip = self.latency(from, to) * 2;
         if !self.peers[from].connected(to) {
             self.peers[from].directory.reached(id_of(to), Some(round_trip), now);
         }
-        self.peers[from].links.insert(to, crate::peer::Link { used: now });
-        self.peers[to].watchers.entry(from).or_default().used = Some(now);
-        if self.peers[from].links.len() > LINKS_MAX {
-            let oldest = self.peers[from].links.iter().min_by_key(|(_, link)| link.used).map(|(to, _)| *to);
-            self.unlink(from, oldest.expect("there are some"));
-        }
+        self.peers[from].links.insert(to, crate::peer::Link { used });
+        self.peers[to].watchers.entry(from).or_default().used = Some(used);
     }
 
     /// A node comes: half of the time one that was there before.

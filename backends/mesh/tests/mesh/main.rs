@@ -1,5 +1,7 @@
 //! Nodes of one process over real connections: they join, hear of one another, serve for one another, and leave.
 
+mod loss;
+
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
@@ -183,6 +185,11 @@ fn names(mesh: &Mesh) -> Vec<String> {
     mesh.models().into_iter().map(|model| model.name).collect()
 }
 
+/// Whether there is a connection to each node that is known.
+fn connected(mesh: &Mesh) -> bool {
+    mesh.status()["nodes"].as_array().unwrap().iter().all(|node| node["connected"] == true)
+}
+
 async fn answer(mesh: &Mesh, model: &str, ask: Ask) -> Result<(String, Finished), String> {
     let (engine, _) = mesh.engine(model).ok_or("nobody offers it")?;
     let mut parts = engine.answer(ask).await.map_err(|rejection| rejection.message)?;
@@ -253,7 +260,7 @@ async fn a_client_that_leaves_stops_the_answer_on_the_other_machine() {
     let silent = Arc::new(Fake { pause: Duration::from_secs(600), ..Fake::new("c", &["gamma"]) });
     let third = Machine::new("three");
     let _third = third.start(Some(&one.ticket(&first, true)), Some(&silent)).await;
-    eventually("heard", || names(&second).contains(&"gamma".to_owned())).await;
+    eventually("heard", || names(&second).contains(&"gamma".to_owned()) && connected(&second)).await;
     let (engine, _) = second.engine("gamma").unwrap();
     let mut parts = engine.answer(ask("x")).await.unwrap();
     assert!(timeout(Duration::from_millis(100), parts.next()).await.is_err());
@@ -275,7 +282,8 @@ async fn another_machine_is_asked_before_the_first_token_and_none_after() {
     let _three = machines[2].start(Some(&machines[0].ticket(&client, true)), Some(&sound)).await;
     let four = Machine::new("four");
     let _four = four.start(Some(&machines[0].ticket(&client, true)), Some(&late)).await;
-    eventually("heard", || client.models().iter().map(|model| model.nodes.len()).sum::<usize>() == 3).await;
+    let heard = || client.models().iter().map(|model| model.nodes.len()).sum::<usize>() == 3;
+    eventually("heard", || heard() && connected(&client)).await;
     for at in 0..8 {
         let (text, _) = answer(&client, "m", ask(&format!("question {at}"))).await.unwrap();
         assert_eq!(text, "b0 b1 b2 ", "the other one breaks before it says anything");
