@@ -51,7 +51,7 @@ pub static INFO: BackendInfo = BackendInfo {
     id: "mesh",
     title: "other machines, which serve the model already",
     formats: &[mesh_core::WeightFormat::Safetensors, mesh_core::WeightFormat::Gguf],
-    opt_in: Some(mesh_core::OptIn { flag: "--backend mesh", notice: "requests go to other machines of the mesh" }),
+    opt_in: None,
 };
 
 /// How a node takes part.

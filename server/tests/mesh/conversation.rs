@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::machine::{Machine, golden, wait_for};
+use crate::machine::{Machine, wait_for};
 
 /// What passed so far, and the machines that may have answered.
 struct Talk<'a> {

@@ -18,18 +18,6 @@ pub const LEASE: Duration = Duration::from_secs(5);
 /// After this the lease of a machine is over, however late its last pulse was.
 pub const LEASE_OVER: Duration = Duration::from_secs(6);
 
-/// The directory of goldens, or a reason to skip.
-pub fn golden(name: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let dir = root.parent().unwrap().join("shared").join("golden").join(name);
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    assert!(std::env::var_os("CI").is_none(), "the goldens have to be there in CI");
-    println!("skipped: no golden {name}");
-    None
-}
-
 /// One machine.
 pub struct Machine {
     root: tempfile::TempDir,

@@ -12,7 +12,7 @@ use std::{
     time::Instant,
 };
 
-use machine::{LEASE, LEASE_OVER, Machine, golden, wait_for, within_lease};
+use machine::{LEASE, LEASE_OVER, Machine, wait_for, within_lease};
 use serde_json::json;
 
 /// Three machines' models: one of its own each, and one that the last two both have.
