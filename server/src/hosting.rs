@@ -49,7 +49,9 @@ impl Hosting {
     /// The model that is offered under that name, if it is ready at this moment.
     fn ready(&self, name: &str) -> Option<(&Slot, Lease)> {
         self.slots.iter().find_map(|slot| match slot.state() {
-            SlotState::Ready(model) if self.offer(slot, &model).name == name => Some((slot, Lease::of(&model)?)),
+            SlotState::Ready(model) if !model.takes_conversations() && self.offer(slot, &model).name == name => {
+                Some((slot, Lease::of(&model)?))
+            }
             _ => None,
         })
     }
@@ -72,7 +74,7 @@ impl Hosting {
     /// What is ready here.
     fn own(&self) -> impl Iterator<Item = ModelOffer> {
         self.slots.iter().filter_map(|slot| match slot.state() {
-            SlotState::Ready(model) => Some(self.offer(slot, &model)),
+            SlotState::Ready(model) if !model.takes_conversations() => Some(self.offer(slot, &model)),
             _ => None,
         })
     }

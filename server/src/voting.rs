@@ -42,6 +42,12 @@ impl Electorate {
         Self { backends, families, settings }
     }
 
+    /// The same, with one backend's settings.
+    pub fn with_settings(mut self, id: &str, settings: Value) -> Self {
+        self.settings.insert(id.to_owned(), settings);
+        self
+    }
+
     /// The backends.
     pub fn backends(&self) -> &[&'static dyn InferenceBackend] {
         &self.backends

@@ -101,9 +101,11 @@ fn explain_gives_every_backends_reasons() {
     assert_eq!((&whole["model"], &whole["family"]), (&json!("qwen3-q4"), &json!("qwen3")));
     let ballots = whole["ballots"].as_array().unwrap();
     let backends: Vec<_> = ballots.iter().map(|ballot| ballot["backend"].as_str().unwrap()).collect();
-    assert_eq!(backends, ["llama-server", "mlx"]);
+    assert_eq!(backends, ["llama-server", "mesh", "mlx"]);
     assert!(ballots[0]["verdict"]["refuse"]["reasons"][0]["text"].as_str().unwrap().contains("safetensors"));
-    assert!(ballots[1]["verdict"]["serve"]["score"].is_u64());
+    let nowhere = ballots[1]["verdict"]["refuse"]["reasons"][0]["text"].as_str().unwrap();
+    assert!(nowhere.starts_with("this machine is in no mesh"), "{nowhere}");
+    assert!(ballots[2]["verdict"]["serve"]["score"].is_u64());
     // Unasked, MLX is not elected, and the command that would work is given.
     assert!(whole["error"]["hint"].as_str().unwrap().ends_with("--mlx"), "{}", whole["error"]);
     let asked = home.run(&["explain", &dir, "--json", "--mlx"]);

@@ -47,24 +47,24 @@ impl InferenceBackend for LlamaServer {
     fn host(&self, settings: &Value) -> Host {
         let settings = match Settings::parse(settings) {
             Ok(settings) => settings,
-            Err(error) => return Host { device: Err(settings_error(error).to_string()), notes: Vec::new() },
+            Err(error) => return Host::new(Err(settings_error(error).to_string()), Vec::new()),
         };
         let device =
             || Device { kind: DeviceKind::External, name: INFO.id.to_owned(), memory_bytes: memory::available_bytes() };
         match located(&settings) {
             Ok(Some(found)) => {
                 let note = format!("llama-server: {} ({})", found.path.display(), found.origin);
-                Host { device: Ok(device()), notes: vec![note] }
+                Host::new(Ok(device()), vec![note])
             }
             Ok(None) if settings.install => match install::outlook() {
                 Ok(outlook) => {
                     let note = format!("llama-server is not installed; it would be when first needed: {outlook}");
-                    Host { device: Ok(device()), notes: vec![note] }
+                    Host::new(Ok(device()), vec![note])
                 }
-                Err(error) => Host { device: Err(error.to_string()), notes: Vec::new() },
+                Err(error) => Host::new(Err(error.to_string()), Vec::new()),
             },
-            Ok(None) => Host { device: Err(format!("{}: run {INSTALL_COMMAND}", not_allowed())), notes: Vec::new() },
-            Err(error) => Host { device: Err(error.to_string()), notes: Vec::new() },
+            Ok(None) => Host::new(Err(format!("{}: run {INSTALL_COMMAND}", not_allowed())), Vec::new()),
+            Err(error) => Host::new(Err(error.to_string()), Vec::new()),
         }
     }
 

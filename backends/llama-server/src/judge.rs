@@ -202,7 +202,7 @@ mod tests {
 
     fn host(memory_bytes: Option<u64>) -> Host {
         let device = Device { kind: DeviceKind::External, name: "llama-server".into(), memory_bytes };
-        Host { device: Ok(device), notes: vec![] }
+        Host::new(Ok(device), vec![])
     }
 
     fn texts(reasons: &[Reason]) -> String {
@@ -233,7 +233,7 @@ mod tests {
         assert_eq!(need(&model, &host, 100).unwrap().cache_bytes, 2 * (100 * 10 + 100 * 3) + 4 * 7);
         assert_eq!(need(&model, &host, 4096).unwrap().cache_bytes, 2 * (4096 * 10 + (64 + 512) * 3) + 4 * 7);
         assert_eq!(model.kv_bytes_per_token(), Some(2 * 13));
-        let nowhere = Host { device: Err("no llama-server".into()), notes: vec![] };
+        let nowhere = Host::new(Err("no llama-server".into()), vec![]);
         assert_eq!(need(&model, &nowhere, 100), None);
     }
 
@@ -252,7 +252,7 @@ mod tests {
             let Verdict::Refuse(refusal) = judge(&model, &host(None)) else { panic!("{word} was served") };
             assert!(refusal.to_string().contains(word) && refusal.hint.is_some(), "{refusal}");
         }
-        let nowhere = Host { device: Err("no llama-server".into()), notes: vec![] };
+        let nowhere = Host::new(Err("no llama-server".into()), vec![]);
         assert!(matches!(judge(&profile(1, 1), &nowhere), Verdict::Refuse(_)));
     }
 

@@ -491,7 +491,7 @@ fn no_orphan_is_left_by_sigkill() {
 
 #[test]
 fn the_host_says_what_was_found_or_would_be_done() {
-    let Host { device, notes } = BACKEND.host(&json!({"path": "/bin/sh"}));
+    let Host { device, notes, .. } = BACKEND.host(&json!({"path": "/bin/sh"}));
     assert!(device.is_ok());
     assert_eq!(notes, ["llama-server: /bin/sh (named by --llama-server)"]);
     let wrong = BACKEND.host(&json!({"path": "/no/such/file"})).device.unwrap_err();

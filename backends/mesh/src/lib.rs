@@ -8,6 +8,7 @@
 
 pub mod adverts;
 mod attend;
+pub mod backend;
 pub mod codec;
 pub mod counts;
 pub mod engine;

@@ -18,7 +18,7 @@ use iroh::{
 use iroh_gossip::net::Gossip;
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use mesh_core::{
-    BackendInfo, Device, DeviceKind, EngineHandle, Hint,
+    EngineHandle, Hint,
     node::{Elsewhere, Here, Local, ModelOffer, NodeOffer, RemoteModel, Routing},
 };
 use mesh_peers::{Asked, Place, Policy, choose, place, policy::LocalState};
@@ -27,6 +27,7 @@ use tokio::{sync::watch, time::timeout};
 
 use crate::{
     adverts::GOSSIP_BYTES_MAX,
+    backend::{self, INFO, common, device},
     engine::Remote,
     home::{Denied, Home, HomeError, Membership},
     link::SILENCE_MAX,
@@ -45,14 +46,6 @@ const STREAMS_MAX: u32 = 256;
 const MESSAGES_MAX: u32 = 16;
 /// How long joining may take.
 const JOINING_MAX: Duration = Duration::from_secs(15);
-
-/// Who the engines of the mesh are.
-pub static INFO: BackendInfo = BackendInfo {
-    id: "mesh",
-    title: "other machines, which serve the model already",
-    formats: &[mesh_core::WeightFormat::Safetensors, mesh_core::WeightFormat::Gguf],
-    opt_in: None,
-};
 
 /// How a node takes part.
 #[derive(Clone, Debug)]
@@ -176,7 +169,9 @@ impl Mesh {
         }
         let router = router.spawn();
         tasks::start(&node, &gossip, mdns, news);
-        Ok(Arc::new(Self { node, router }))
+        let mesh = Arc::new(Self { node, router });
+        backend::runs(Arc::downgrade(&mesh));
+        Ok(mesh)
     }
 
     /// What this node does for others, from now on.
@@ -229,17 +224,12 @@ impl Elsewhere for Mesh {
             let (state, now) = (self.node.state(), self.node.now());
             (state.directory.offers(name, now), state.directory.lost_offers(name, now))
         };
-        let first = candidates.first().map(|first| (first.name.clone(), first.offer.clone()));
-        let (node, offer) = first.or_else(|| lost.into_iter().next())?;
         // What all of them take may be asked of whichever is chosen.
-        let mut offer = (*offer).clone();
-        for other in candidates.iter().skip(1) {
-            let (ours, theirs) = (&mut offer.capabilities, &other.offer.capabilities);
-            ours.knobs.retain(|knob| theirs.knobs.contains(knob));
-            ours.context_tokens_max = ours.context_tokens_max.max(theirs.context_tokens_max);
-            ours.embeddings |= theirs.embeddings;
-        }
-        let device = Device { kind: DeviceKind::External, name: "mesh".into(), memory_bytes: None };
+        let (node, offer) = match (candidates.first(), common(candidates.iter().map(|one| &*one.offer))) {
+            (Some(first), Some(offer)) => (first.name.clone(), offer),
+            _ => lost.into_iter().next().map(|(node, offer)| (node, (*offer).clone()))?,
+        };
+        let device = device(self.name());
         let engine = Remote::new(self.node.clone(), name, &offer);
         Some((EngineHandle::new(&INFO, device, Arc::new(engine)), NodeOffer { node, offer }))
     }

@@ -22,7 +22,7 @@ pub fn host(settings: &Value) -> Host {
         Ok(device) if device.kind == DeviceKind::Cpu => vec![SLOW.to_owned()],
         _ => Vec::new(),
     };
-    Host { device, notes }
+    Host::new(device, notes)
 }
 
 /// Said wherever MLX is about to run on a CPU.

@@ -11,6 +11,7 @@ use crate::{
     engine::EngineHandle,
     error::LoadError,
     family::ModelFamily,
+    node::NodeOffer,
     profile::{ModelProfile, WeightFormat},
     progress::ProgressSink,
 };
@@ -22,7 +23,7 @@ pub struct BackendInfo {
     pub id: &'static str,
     /// One line on what it is.
     pub title: &'static str,
-    /// The weight formats it reads.
+    /// The weight formats it reads; none if it needs no weights on this machine.
     pub formats: &'static [WeightFormat],
     /// Present if users have to ask for it.
     pub opt_in: Option<OptIn>,
@@ -71,13 +72,23 @@ pub struct Device {
     pub memory_bytes: Option<u64>,
 }
 
-/// What a backend found on this machine. Made once, handed back to [`InferenceBackend::judge`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// What a backend found on this machine at this moment. Handed back to [`InferenceBackend::judge`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Host {
     /// The device it would use, or why it cannot run here at all and what would change that.
     pub device: Result<Device, String>,
     /// Remarks for `explain` and `backends`: which binary was found, what would be installed.
     pub notes: Vec<String>,
+    /// What other machines have ready, for a backend that serves by them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<NodeOffer>,
+}
+
+impl Host {
+    /// With a device of this machine, or without.
+    pub fn new(device: Result<Device, String>, notes: Vec<String>) -> Self {
+        Self { device, notes, others: Vec::new() }
+    }
 }
 
 /// What serving one sequence takes, in bytes.

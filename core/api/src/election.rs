@@ -135,26 +135,29 @@ pub fn elect(ballots: &[Ballot], request: &ElectionRequest) -> Result<Elected, E
     if let Some(name) = &request.forced {
         return elect_forced(&ballots, name, request);
     }
-    let may = |ballot: &Ballot| request.opt_in || ballot.backend.opt_in.is_none();
-    let best = ballots
-        .iter()
-        .filter(|ballot| may(ballot))
-        .filter_map(|ballot| match &ballot.verdict {
-            Verdict::Serve(offer) => Some((ballot.backend, offer)),
-            Verdict::Refuse(_) => None,
-        })
-        .reduce(|best, next| if next.1.score > best.1.score { next } else { best });
-    if let Some((backend, offer)) = best {
+    if let Some((backend, offer)) = best(ballots.iter(), |backend| request.opt_in || backend.opt_in.is_none()) {
         return Ok(elected(backend, offer));
     }
-    if let Some(ballot) = ballots.iter().find(|ballot| matches!(ballot.verdict, Verdict::Serve(_))) {
+    if let Some((backend, _)) = best(ballots.iter(), |_| true) {
         return Err(ElectionError::NotAskedFor {
             model: request.model.clone(),
-            backend: ballot.backend.id,
-            command: command(ballot.backend, &request.model),
+            backend: backend.id,
+            command: command(backend, &request.model),
         });
     }
     Err(ElectionError::Nobody { model: request.model.clone(), refusals: refusals(&ballots) })
+}
+
+/// The highest score, of those that may and would serve.
+fn best<'b>(
+    ballots: impl Iterator<Item = &'b &'b Ballot>,
+    may: impl Fn(&BackendInfo) -> bool,
+) -> Option<(&'static BackendInfo, &'b Offer)> {
+    let offers = ballots.filter(|ballot| may(ballot.backend)).filter_map(|ballot| match &ballot.verdict {
+        Verdict::Serve(offer) => Some((ballot.backend, offer)),
+        Verdict::Refuse(_) => None,
+    });
+    offers.reduce(|best, next| if next.1.score > best.1.score { next } else { best })
 }
 
 fn elect_forced(ballots: &[&Ballot], name: &str, request: &ElectionRequest) -> Result<Elected, ElectionError> {
@@ -167,12 +170,12 @@ fn elect_forced(ballots: &[&Ballot], name: &str, request: &ElectionRequest) -> R
     match &ballot.verdict {
         Verdict::Serve(offer) => Ok(elected(ballot.backend, offer)),
         Verdict::Refuse(refusal) => {
-            let other = ballots.iter().find(|ballot| matches!(ballot.verdict, Verdict::Serve(_)));
+            let other = best(ballots.iter(), |_| true);
             Err(ElectionError::ForcedRefused {
                 model: request.model.clone(),
                 backend: ballot.backend.id,
                 refusal: refusal.clone(),
-                command: other.map(|ballot| command(ballot.backend, &request.model)),
+                command: other.map(|(backend, _)| command(backend, &request.model)),
             })
         }
     }
@@ -260,6 +263,10 @@ mod tests {
             let elected = elect(&ballots, &asked).unwrap();
             assert_eq!((elected.backend.id, elected.notice), ("shy", Some("careful")));
         }
+        // Of several, the best is the one to ask for.
+        static ASIDE: BackendInfo = BackendInfo { id: "aside", ..SHY };
+        let error = elect(&[serve(&ASIDE, 8), serve(&SHY, 9)], &request(None, false)).unwrap_err();
+        assert!(matches!(error, ElectionError::NotAskedFor { backend: "shy", .. }), "{error}");
         // A lower score elsewhere still wins while it is not asked for.
         let elected = elect(&[serve(&PLAIN, 1), serve(&SHY, 9)], &request(None, false)).unwrap();
         assert_eq!((elected.backend.id, elected.notice), ("plain", None));

@@ -188,7 +188,9 @@ impl Setting {
     /// The same for commands that say how many requests are served at once.
     pub fn limited(args: &EnvironmentArgs, limits: &LimitArgs) -> Result<Self, Failure> {
         let config = Config::read(args.config.as_deref())?;
-        let known = registry::backends()?.ids();
+        let loading = registry::backends()?.iter().map(|backend| backend.info());
+        // What needs no weights loads nothing, and has nothing to set.
+        let known: Vec<&str> = loading.filter(|info| !info.formats.is_empty()).map(|info| info.id).collect();
         if let Some(name) = config.backends.keys().find(|name| !known.contains(&name.as_str())) {
             let message = format!("the configuration file has settings for a backend called `{name}`");
             return Err(Failure::new(Exit::Usage, message).hint(format!("backends are: {}", known.join(", "))));
@@ -204,6 +206,12 @@ impl Setting {
         })?;
         let electorate = Electorate::linked(settings)?;
         Ok(Self { config, store: Arc::new(store), electorate: Arc::new(electorate) })
+    }
+
+    /// The same, with what a server knows of other machines' models.
+    pub fn told(self, told: Value) -> Self {
+        let electorate = Electorate::clone(&self.electorate).with_settings(mesh_backend_mesh::backend::INFO.id, told);
+        Self { electorate: Arc::new(electorate), ..self }
     }
 
     /// The plan for a model, if its backend exists.

@@ -3,7 +3,7 @@
 use mesh_core::node::Routing;
 use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use warp::{Reply, reply::Response};
 
 use super::route::Route;
@@ -23,6 +23,8 @@ struct Source {
     kind: &'static str,
     /// What it says of itself.
     status: Value,
+    /// The models that are ready there, each with the machine that has it.
+    offers: Vec<Value>,
 }
 
 /// Why a request would go where it goes.
@@ -40,7 +42,11 @@ pub(super) fn routes() -> Vec<Route> {
     vec![
         Route::get("/v1/mesh", |door, _| async move {
             let sources = door.slots.remote().sources();
-            let sources = sources.iter().map(|source| Source { kind: source.kind(), status: source.status() });
+            let sources = sources.iter().map(|source| {
+                let offers = source.models().into_iter().flat_map(|model| model.nodes);
+                let offers = offers.map(|offer| json!(offer)).collect();
+                Source { kind: source.kind(), status: source.status(), offers }
+            });
             let others = Others { sources: sources.collect() };
             Ok::<Response, ApiError>(warp::reply::json(&others).into_response())
         })

@@ -173,6 +173,10 @@ impl Slot {
     /// How it is, for those who decide whether others are asked instead.
     fn here(&self) -> Here {
         let SlotState::Ready(model) = &*self.state.borrow() else { return Here::Cold };
+        if model.takes_conversations() {
+            // Others serve it, and each request finds its way to them.
+            return Here::Cold;
+        }
         let Load { running, waiting, .. } = self.tally().load();
         Here::Ready { running, waiting, parallel: model.handle.capabilities().requests_parallel_max }
     }

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use conformance::shared::golden;
 use serde_json::{Value, json};
 
 use crate::machine::{Machine, wait_for};

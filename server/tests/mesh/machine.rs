@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -22,8 +22,8 @@ pub const LEASE_OVER: Duration = Duration::from_secs(6);
 pub struct Machine {
     root: tempfile::TempDir,
     name: &'static str,
-    /// Its models: names, and the goldens that they are.
-    models: Vec<(&'static str, PathBuf)>,
+    /// What it runs.
+    command: &'static str,
     /// The network namespace that it is in.
     pub space: Option<String>,
     /// More arguments of the program.
@@ -36,23 +36,33 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(name: &'static str, models: &[(&'static str, PathBuf)]) -> Self {
-        let root = tempfile::tempdir().unwrap();
         let table = |(name, path): &(&str, PathBuf)| {
             format!("[[models]]\nmodel = {path:?}\nname = \"{name}\"\nbackend = \"mlx\"\npin = true\n")
         };
         let tables: String = models.iter().map(table).collect();
-        std::fs::write(root.path().join("config.toml"), format!("memory = \"2GiB\"\n{tables}")).unwrap();
+        Self::with(name, if models.is_empty() { "client" } else { "serve" }, &format!("memory = \"2GiB\"\n{tables}"))
+    }
+
+    /// One that runs this command, with this configuration file.
+    pub fn with(name: &'static str, command: &'static str, config: &str) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::write(root.path().join("config.toml"), config).unwrap();
         let loopback = ["--mesh-host", "127.0.0.1", "--mesh-port", "0", "--no-mdns"].map(str::to_owned).to_vec();
         Self {
             root,
             name,
-            models: models.to_vec(),
+            command,
             space: None,
             args: loopback,
             process: None,
             log: Arc::default(),
             url: String::new(),
         }
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> String {
+        self.root.path().join("config.toml").display().to_string()
     }
 
     fn command(&self) -> Command {
@@ -90,8 +100,9 @@ impl Machine {
     /// Serves, and waits until it listens.
     pub fn start(&mut self, ticket: Option<&str>) {
         let mut command = self.command();
-        command.arg(if self.models.is_empty() { "client" } else { "serve" });
-        command.args(["--port", "0", "--node-name", self.name, "--config"]).arg(self.root.path().join("config.toml"));
+        command
+            .args([self.command, "--port", "0", "--node-name", self.name, "--config"])
+            .arg(self.root.path().join("config.toml"));
         command.args(&self.args).env("MESH_LLM_LOG", "info,mesh_backend_mesh=debug");
         if let Some(ticket) = ticket {
             command.args(["--join", ticket]);

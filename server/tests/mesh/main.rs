@@ -12,6 +12,7 @@ use std::{
     time::Instant,
 };
 
+use conformance::shared::golden;
 use machine::{LEASE, LEASE_OVER, Machine, wait_for, within_lease};
 use serde_json::json;
 
@@ -42,6 +43,30 @@ fn three() -> Option<[Machine; 3]> {
 }
 
 const ALL: [&str; 4] = ["alpha", "beta", "common", "gamma"];
+
+#[test]
+fn a_model_that_others_are_to_serve_is_not_loaded() {
+    let Some(llama) = golden("llama") else { return };
+    let mut has = Machine::new("has", &[("alpha", llama)]);
+    has.done(&["mesh", "create", "--name", "home"]);
+    has.start(None);
+    let asks = |more: &str| Machine::with("asks", "serve", &format!("[[models]]\nmodel = \"org/alpha\"\n{more}"));
+    let mut member = asks("backend = \"mesh\"\n");
+    // Nobody could serve it, or it would be called as nobody calls it.
+    let (served, said) = member.run(&["serve", "--port", "0", "--model", "org/alpha", "--backend", "mesh"]);
+    assert!(
+        !served && said.contains("other machines are to serve `org/alpha`, and this one takes part in no mesh"),
+        "{said}"
+    );
+    member.start(Some(&has.ticket()));
+    wait_for("its model", || member.models() == ["alpha"]);
+    assert!(member.complete("alpha", "Once upon a time").is_ok());
+    member.kill();
+    let named = asks("backend = \"mesh\"\nname = \"mine\"\n");
+    let config = named.config();
+    let (served, said) = member.run(&["serve", "--port", "0", "--mesh-port", "0", "--no-mdns", "--config", &config]);
+    assert!(!served && said.contains("its name, context and memory are theirs to set"), "{said}");
+}
 
 #[test]
 fn three_machines_are_one_endpoint() {
@@ -85,6 +110,24 @@ fn three_machines_are_one_endpoint() {
     // Why requests go where they go.
     let why = machines[0].done(&["explain", "gamma", "--offline", "--url", &url]);
     assert!(why.contains("to another machine") && why.contains("ready at a peer") && why.contains("three ("), "{why}");
+    // The mesh has a vote on a model that is here, too, and is not elected unasked.
+    let root = tempfile::tempdir().unwrap();
+    let copy = root.path().join("qwen3");
+    std::fs::create_dir(&copy).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden("qwen3").unwrap().join(name), copy.join(name)).unwrap();
+    }
+    let model = copy.display().to_string();
+    let explain = |more: &[&str]| {
+        let said = machines[0].done(&[&["explain", &model, "--json", "--offline", "--url", &url], more].concat());
+        serde_json::from_str::<serde_json::Value>(&said).unwrap()
+    };
+    let votes = explain(&[]);
+    let vote = votes["ballots"].as_array().unwrap().iter().find(|ballot| ballot["backend"] == "mesh").unwrap();
+    let reason = vote["verdict"]["serve"]["reasons"][0]["text"].as_str().unwrap_or_default();
+    assert!(reason.starts_with("three has it ready by mlx, "), "{vote}");
+    assert_ne!(votes["elected"], "mesh");
+    assert_eq!(explain(&["--backend", "mesh"])["elected"], "mesh");
     let (_, way) = machines[1].get("/v1/mesh/routes/common");
     assert!(way["elsewhere"] == false && way["why"] == "ready here" && way["machines"][0].as_str().is_some(), "{way}");
 

@@ -7,9 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use conformance::shared::golden;
 use serde_json::json;
 
-use crate::machine::{LEASE, LEASE_OVER, Machine, golden, wait_for, within_lease};
+use crate::machine::{LEASE, LEASE_OVER, Machine, wait_for, within_lease};
 
 /// A bridge in a namespace, and namespaces with a cable to it.
 struct Network {

@@ -268,7 +268,11 @@ async fn where_requests_go_and_who_is_there_is_told() {
     assert_eq!((status, &answer["error"]["code"]), (404, &json!("model_not_found")));
 
     let (status, told) = server.get("/v1/mesh").await;
-    assert_eq!((status, &told), (200, &json!({ "sources": [{ "kind": "mesh", "status": mesh.status() }] })));
+    let source = &told["sources"][0];
+    assert_eq!((status, &source["kind"], &source["status"]), (200, &json!("mesh"), &mesh.status()));
+    let offers: Vec<_> =
+        source["offers"].as_array().unwrap().iter().map(|one| (&one["node"], &one["offer"]["name"])).collect();
+    assert_eq!(offers, [(&json!("one"), &json!(BIG))]);
     assert_eq!(told["sources"][0]["status"]["nodes"][0]["offers"], json!([{ "name": BIG }]));
     mesh.forget("one");
     assert_eq!(server.get(path).await, way(false, "ready here", &[]));

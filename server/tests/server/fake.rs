@@ -142,7 +142,7 @@ impl InferenceBackend for FakeBackend {
 
     fn host(&self, _: &Value) -> Host {
         let memory_bytes = some(&self.0.device_bytes);
-        Host { device: Ok(Device { kind: DeviceKind::Cpu, name: "a test".into(), memory_bytes }), notes: vec![] }
+        Host::new(Ok(Device { kind: DeviceKind::Cpu, name: "a test".into(), memory_bytes }), vec![])
     }
 
     fn judge(&self, profile: &ModelProfile, _: Option<&dyn ModelFamily>, host: &Host) -> Verdict {

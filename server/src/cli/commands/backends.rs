@@ -25,9 +25,10 @@ fn list(setting: &Setting, output: &Output) {
     for backend in setting.electorate.backends() {
         let info = backend.info();
         let host = setting.electorate.host(*backend);
-        let formats: Vec<_> = info.formats.iter().map(ToString::to_string).collect();
-        let opt_in = info.opt_in.map(|opt_in| format!(", asked for with {}", opt_in.flag)).unwrap_or_default();
-        output.line(format_args!("{}: {} ({}{opt_in})", style(info.id).bold(), info.title, formats.join(", ")));
+        let formats = info.formats.iter().map(ToString::to_string);
+        let opt_in = info.opt_in.map(|opt_in| format!("asked for with {}", opt_in.flag));
+        let remarks: Vec<_> = formats.chain(opt_in).collect();
+        output.line(format_args!("{}: {} ({})", style(info.id).bold(), info.title, remarks.join(", ")));
         match &host.device {
             Ok(device) => output.line(format_args!("  device: {} ({})", device.name, device.kind)),
             Err(why) => output.line(format_args!("  {}: {why}", style("cannot run here").yellow())),

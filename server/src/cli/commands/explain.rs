@@ -20,7 +20,14 @@ use crate::cli::{
 pub async fn run(args: ExplainArgs, output: &Output) -> Result<(), Failure> {
     let setting = Setting::new(&args.environment)?;
     let plan = setting.choose(args.model.clone(), &args.choice)?;
-    let routed = routed(&setting, &args).await;
+    let (setting, routed) = match member() {
+        Some(mesh) => {
+            let url = url(&setting, &args);
+            let told = told(&url).await;
+            (told.into_iter().fold(setting, Setting::told), routed(&url, &args.model, mesh).await)
+        }
+        None => (setting, None),
+    };
     let judged = match Judged::of(&setting, &plan, output.progress_beside(args.json)).await {
         Err(failure) if routed.is_none() => return Err(failure),
         // It need not be on this machine, where another one serves it.
@@ -48,24 +55,36 @@ pub async fn run(args: ExplainArgs, output: &Output) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Where the server on this machine would send a request for the model, if one runs that takes part in a mesh.
-async fn routed(setting: &Setting, args: &ExplainArgs) -> Option<Value> {
-    let member = Home::usual().ok()?.membership().ok()??;
-    let url = match &args.url {
+/// The mesh that this machine is in.
+fn member() -> Option<String> {
+    Some(Home::usual().ok()?.membership().ok()??.mesh_name)
+}
+
+fn url(setting: &Setting, args: &ExplainArgs) -> String {
+    match &args.url {
         Some(url) => url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
         None => format!("http://{}", plan::local_address(&setting.config)),
-    };
-    let path = format!("/v1/mesh/routes/{}", percent_encoding::utf8_percent_encode(&args.model, NON_ALPHANUMERIC));
-    match super::mesh::told(&url, &path).await {
-        Ok(mut routed) => {
-            routed["mesh"] = member.mesh_name.into();
-            Some(routed)
-        }
-        Err(failure) => {
-            tracing::debug!(why = failure.message, "where requests go is not known");
-            None
-        }
     }
+}
+
+/// What the server on this machine knows of other machines' models, if one runs that takes part in the mesh.
+async fn told(url: &str) -> Option<Value> {
+    let mut others = ask(url, "/v1/mesh").await?;
+    let mesh = others["sources"].as_array_mut()?.iter_mut().find(|source| source["kind"] == "mesh")?;
+    Some(json!({ "mesh": mesh["status"]["mesh"].take(), "offers": mesh["offers"].take() }))
+}
+
+/// Where it would send a request for the model.
+async fn routed(url: &str, model: &str, mesh: String) -> Option<Value> {
+    let model = percent_encoding::utf8_percent_encode(model, NON_ALPHANUMERIC);
+    let mut routed = ask(url, &format!("/v1/mesh/routes/{model}")).await?;
+    routed["mesh"] = mesh.into();
+    Some(routed)
+}
+
+async fn ask(url: &str, path: &str) -> Option<Value> {
+    let told = super::mesh::told(url, path).await;
+    told.inspect_err(|failure| tracing::debug!(path, why = failure.message, "the server does not tell")).ok()
 }
 
 fn requests(routed: &Value) -> String {

@@ -44,6 +44,7 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
         mesh: mesh::mesh(&args.mesh, &setting.config.mesh).await?,
     };
     others.announce(output);
+    let kept = loaded_here(kept, &others, &setting)?;
 
     let (steps, mut outcomes) = mpsc::unbounded_channel();
     let notice = Arc::new(Once::new());
@@ -110,6 +111,27 @@ pub async fn run(args: ServeArgs, output: &Output) -> Result<(), Failure> {
     }
     others.leave().await;
     outcome
+}
+
+/// Those of the models that this machine has to load: what other machines are to serve is listed while they offer it.
+fn loaded_here(kept: Vec<KeptPlan>, others: &Others, setting: &Setting) -> Result<Vec<KeptPlan>, Failure> {
+    let needs_weights = |plan: &KeptPlan| plan.plan.forced.as_ref().is_none_or(|id| !setting.formats(id).is_empty());
+    let (here, there): (Vec<_>, Vec<_>) = kept.into_iter().partition(needs_weights);
+    for plan in &there {
+        let reference = &plan.plan.reference;
+        if plan.name.is_some() || plan.pinned || plan.share_bytes.is_some() || plan.plan.context_tokens.is_some() {
+            let message =
+                format!("other machines are to serve `{reference}`: its name, context and memory are theirs to set");
+            return Err(Failure::new(Exit::Usage, message)
+                .hint("leave `name`, `ctx`, `memory` and `pin` out, or name another backend"));
+        }
+        if others.mesh.is_none() {
+            let message = format!("other machines are to serve `{reference}`, and this one takes part in no mesh");
+            return Err(Failure::new(Exit::Usage, message)
+                .hint("mesh-llm mesh create, or mesh-llm serve --join TICKET; or name another backend"));
+        }
+    }
+    Ok(here)
 }
 
 /// `mesh-llm client`: what others serve, and nothing of this machine's own.
