@@ -45,6 +45,39 @@ fn three() -> Option<[Machine; 3]> {
 const ALL: [&str; 4] = ["alpha", "beta", "common", "gamma"];
 
 #[test]
+fn what_no_engine_here_can_load_is_served_by_others_where_that_is_allowed() {
+    let Some(llama) = golden("llama") else { return };
+    let mut has = Machine::new("has", &[("alpha", llama.clone())]);
+    has.done(&["mesh", "create", "--name", "home"]);
+    has.start(None);
+    let root = tempfile::tempdir().unwrap();
+    let copy = root.path().join("llama");
+    std::fs::create_dir(&copy).unwrap();
+    std::fs::copy(llama.join("model.safetensors"), copy.join("model.safetensors")).unwrap();
+    std::fs::write(copy.join("config.json"), r#"{ "model_type": "unheard_of" }"#).unwrap();
+    let own = format!("[[models]]\nmodel = {llama:?}\nname = \"own\"\nbackend = \"mlx\"\n");
+    let table = |name: &str, backend: &str| {
+        format!("[[models]]\nmodel = {copy:?}\nname = \"{name}\"\nbackend = \"{backend}\"\n")
+    };
+    let tables = [own, table("odd", "auto"), table("never", "mlx")].concat();
+    let mut auto = Machine::with("auto", "serve", &format!("memory = \"2GiB\"\n{tables}"));
+    auto.start(Some(&has.ticket()));
+    wait_for("its model", || auto.models().contains(&"alpha".to_owned()));
+    let answer = has.complete("alpha", "Once upon a time").unwrap();
+    assert_eq!(auto.complete("odd", "Once upon a time").as_ref(), Ok(&answer));
+    let (_, shown) = auto.get("/v1/models/odd");
+    assert_eq!(shown["backend"], "mesh", "{shown}");
+    assert!(auto.complete("never", "x").is_err());
+    // What is served by others is not passed on as its own.
+    wait_for("its own", || has.models().contains(&"own".to_owned()));
+    assert!(!has.models().iter().any(|model| model == "odd"), "{:?}", has.models());
+    assert_eq!(has.complete("odd", "x").unwrap_err().0, 404);
+    has.kill();
+    let gone = auto.complete("odd", "x").unwrap_err();
+    assert!(matches!(gone.0, 503 | 404) && !gone.1.is_empty(), "{gone:?}");
+}
+
+#[test]
 fn a_model_that_others_are_to_serve_is_not_loaded() {
     let Some(llama) = golden("llama") else { return };
     let mut has = Machine::new("has", &[("alpha", llama)]);
